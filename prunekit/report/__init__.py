@@ -1,0 +1,1 @@
+"""What a run shows: layer map, before/after table, structure table and model card."""

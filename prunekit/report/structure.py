@@ -1,0 +1,112 @@
+"""What a model is made of: one line a range of equal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from prunekit.plan.cost import Cost, cost, unit_cost
+from prunekit.report.ranges import fold, numbers
+
+if TYPE_CHECKING:
+    from prunekit.structure.view import Block, ModelView
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Widths and costs of one block; None where the block has no such sub-layer.
+
+    Args:
+        block: index in the model.
+        heads: query heads.
+        kv_groups: key-value heads.
+        head_width: numbers per head.
+        ffn: neurons of the FFN.
+        params: parameters of the block.
+        flops: floating-point operations a token.
+        kv_bytes: bytes of KV cache a token.
+    """
+
+    block: int
+    heads: int | None
+    kv_groups: int | None
+    head_width: int | None
+    ffn: int | None
+    params: int
+    flops: int
+    kv_bytes: int
+
+    def shape(self) -> tuple[object, ...]:
+        """All but the index: equal shapes are printed as one range."""
+        return tuple(v for k, v in asdict(self).items() if k != "block")
+
+
+def block_shapes(view: ModelView) -> list[BlockShape]:
+    """Shape and cost of every block, in order of depth."""
+    return [_shape(view, block) for block in view.blocks]
+
+
+def _shape(view: ModelView, block: Block) -> BlockShape:
+    attention, ffn = block.attention, block.ffn
+    present = [s.address for s in (attention, ffn) if s is not None]
+
+    def total(of: str) -> int:
+        return round(sum(unit_cost(view, address, of) for address in present))
+
+    return BlockShape(
+        block=block.index,
+        heads=attention.widths["kv"] * attention.widths["rep"] if attention else None,
+        kv_groups=attention.widths["kv"] if attention else None,
+        head_width=attention.widths["hd"] if attention else None,
+        ffn=ffn.widths["ffn"] if ffn else None,
+        params=total("params"),
+        flops=total("flops"),
+        kv_bytes=total("kv_bytes"),
+    )
+
+
+def structure_table(shapes: Sequence[BlockShape]) -> Table:
+    """Rich table: a line a range of equal blocks, costs per block."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("blocks")
+    heads = ("count", "heads", "KV groups", "head width", "FFN width", "parameters (k)", "MFLOPs/token", "KV bytes/token")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for run in fold(shapes, BlockShape.shape):
+        first = run[0]
+        widths = (first.heads, first.kv_groups, first.head_width, first.ffn)
+        table.add_row(
+            numbers([s.block for s in run]),
+            str(len(run)),
+            *("none" if w is None else f"{w:,}" for w in widths),
+            f"{first.params / 1e3:,.1f}",
+            f"{first.flops / 1e6:,.2f}",
+            f"{first.kv_bytes:,}",
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything `inspect` tells about a model."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    tied: bool
+    file_bytes: int
+    total: Cost
+    blocks: tuple[BlockShape, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; the totals under `total`, one entry a block under `blocks`."""
+        return asdict(self)
+
+
+def describe(view: ModelView) -> Structure:
+    """Structure and cost of a model, from its files alone: no weight is read."""
+    architectures = tuple(view.config.get("architectures") or ())
+    total = cost(view)
+    return Structure(view.model_type, architectures, view.tied, view.checkpoint.file_bytes, total, tuple(block_shapes(view)))
