@@ -152,5 +152,7 @@ def _loading(facts: CardFacts) -> list[str]:
     if facts.onnx:
         parts.append(f"ONNX files are in `{facts.onnx}/`.")
     if facts.loads:
-        parts.append("\n".join(["| loads in | how |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.loads.items())]))
+        parts.append(
+            "\n".join(["| loads in | how |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.loads.items())])
+        )
     return parts

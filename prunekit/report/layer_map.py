@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +61,14 @@ class Row:
             "block": self.block,
             **{k: {"state": c.state, "widths": {n: list(w) for n, w in c.widths.items()}} for k, c in cells.items()},
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """The row that `to_json` wrote."""
+        attention, ffn = (
+            Cell(data[kind]["state"], {n: (w[0], w[1]) for n, w in data[kind]["widths"].items()}) for kind in KINDS
+        )
+        return cls(data["block"], attention, ffn)
 
 
 def layer_map(view: ModelView, plan: Plan) -> list[Row]:
@@ -143,8 +151,8 @@ class LayerMap:
                     line.append(glyphs[state], STYLES[state])
                 yield line
         yield from _legend(self.rows, glyphs, label)
-        for line in details(self.rows):
-            yield Text(line)
+        for detail in details(self.rows):
+            yield Text(detail)
 
 
 def _ruler(blocks: Sequence[int]) -> str:
@@ -165,5 +173,3 @@ def _legend(rows: Sequence[Row], glyphs: dict[str, str], label: int) -> Iterator
             line.append(f" {state}   ")
     line.rstrip()
     yield line
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunekit.report.layer_map import KINDS, Row, summary
 
@@ -67,8 +67,10 @@ def _draw_axes(axes: Axes, rows: Sequence[Row]) -> None:
     step = 1 if len(rows) <= 40 else 5 if len(rows) <= 100 else 10
     ticks = [i for i, row in enumerate(rows) if row.block % step == 0]
     axes.set_xticks(ticks, [str(rows[i].block) for i in ticks], fontsize=8, color=TEXT)
-    axes.set_yticks([-i for i in range(len(KINDS))], [k if k != "ffn" else "FFN" for k in KINDS], fontsize=9, color=TEXT)
-    beside_ticks = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.set_yticks(
+        [-i for i in range(len(KINDS))], [k if k != "ffn" else "FFN" for k in KINDS], fontsize=9, color=TEXT
+    )
+    beside_ticks: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     axes.annotate("block", (0, 0), (-4, -9), ha="right", va="center", fontsize=9, color=TEXT, **beside_ticks)
     axes.tick_params(length=0)
     for spine in axes.spines.values():

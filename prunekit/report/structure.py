@@ -72,7 +72,16 @@ def structure_table(shapes: Sequence[BlockShape]) -> Table:
     """Rich table: a line a range of equal blocks, costs per block."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("blocks")
-    heads = ("count", "heads", "KV groups", "head width", "FFN width", "parameters (k)", "MFLOPs/token", "KV bytes/token")
+    heads = (
+        "count",
+        "heads",
+        "KV groups",
+        "head width",
+        "FFN width",
+        "parameters (k)",
+        "MFLOPs/token",
+        "KV bytes/token",
+    )
     for head in heads:
         table.add_column(head, justify="right")
     for run in fold(shapes, BlockShape.shape):
@@ -109,4 +118,24 @@ def describe(view: ModelView) -> Structure:
     """Structure and cost of a model, from its files alone: no weight is read."""
     architectures = tuple(view.config.get("architectures") or ())
     total = cost(view)
-    return Structure(view.model_type, architectures, view.tied, view.checkpoint.file_bytes, total, tuple(block_shapes(view)))
+    return Structure(
+        view.model_type, architectures, view.tied, view.checkpoint.file_bytes, total, tuple(block_shapes(view))
+    )
+
+
+def structure_summary(name: str, structure: Structure) -> Table:
+    """Two-column rich table: what the model is and what it costs as a whole."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    total = structure.total
+    table.add_row("model", name)
+    table.add_row("class", ", ".join(structure.architectures) or structure.model_type)
+    table.add_row("tied embeddings", "yes" if structure.tied else "no")
+    table.add_row("blocks", str(len(structure.blocks)))
+    table.add_row("parameters", f"{total.params:,}")
+    table.add_row("parameters in blocks", f"{total.block_params:,}")
+    table.add_row("FLOPs a token", f"{total.flops_per_token:,}")
+    table.add_row("KV bytes a token", f"{total.kv_bytes_per_token:,}")
+    table.add_row("weight files, bytes", f"{structure.file_bytes:,}")
+    return table

@@ -32,6 +32,7 @@ class Measure:
 MEASURES: tuple[Measure, ...] = (
     Measure("params", "parameters", "count"),
     Measure("block_params", "parameters in blocks", "count"),
+    Measure("weight_bytes", "weights", "bytes"),
     Measure("file_bytes", "weight files", "bytes"),
     Measure("onnx_bytes", "ONNX files", "bytes"),
     Measure("flops_per_token", "compute a token", "flops"),

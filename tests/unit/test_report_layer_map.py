@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,8 +107,9 @@ def test_ruler_numbers_stand_over_their_cells() -> None:
 
 
 def test_rows_survive_json() -> None:
-    row = rows_of(1, keep={"blocks.0.ffn.neurons": (0, 1)})[0].to_json()
-    assert row == {
+    row = rows_of(1, keep={"blocks.0.ffn.neurons": (0, 1)})[0]
+    assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
+    assert row.to_json() == {
         "block": 0,
         "attention": {"state": "kept", "widths": {}},
         "ffn": {"state": "narrowed", "widths": {"neurons": [2, 1536]}},

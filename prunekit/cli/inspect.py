@@ -1,0 +1,73 @@
+"""`prunekit inspect`: what a model is made of and what a token costs, from its files alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunekit.cli import _options as options
+from prunekit.cli._output import Output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from prunekit.structure.view import ModelView
+
+
+def inspect(
+    model: options.Model,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with the unit it belongs to.")] = False,
+    revision: options.Revision = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show blocks, heads, KV groups, widths, parameters, FLOPs a token, KV bytes a token and file bytes.
+
+    Equal blocks in a row share one line. No weight is read.
+    """
+    from rich.console import Group
+
+    from prunekit.checkpoint.sources import resolve
+    from prunekit.report.structure import describe, structure_summary, structure_table
+    from prunekit.structure.view import ModelView
+
+    out = Output(json=json, quiet=quiet)
+    with out.progress() as progress:
+        source = resolve(model, revision=revision, progress=progress)
+    view = ModelView.open(source.folder)
+    structure = describe(view)
+    data: dict[str, Any] = {"model": source.name, "folder": str(source.folder), **structure.to_json()}
+    parts = [structure_summary(source.name, structure), "", structure_table(structure.blocks)]
+    if tensors:
+        listed = _tensors(view)
+        data["tensors"] = listed
+        parts += ["", _tensor_table(listed)]
+    out.result(Group(*parts), data)
+
+
+def _tensors(view: ModelView) -> list[dict[str, Any]]:
+    owners = [(sublayer.address, ref) for sublayer in view.sublayers for ref in sublayer.tensors]
+    owners += [("outer", ref) for ref in view.outer]
+    return [
+        {
+            "name": ref.name,
+            "unit": address,
+            "dtype": ref.dtype,
+            "shape": list(ref.shape),
+            "layout": [" ".join(dim) for dim in ref.layout],
+        }
+        for address, ref in owners
+    ]
+
+
+def _tensor_table(listed: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table("tensor", "unit", "dtype", box=None, pad_edge=False, header_style="bold")
+    table.add_column("shape", justify="right")
+    table.add_column("layout")
+    for row in listed:
+        shape, layout = " x ".join(map(str, row["shape"])), ", ".join(row["layout"])
+        table.add_row(row["name"], row["unit"], row["dtype"], shape, layout)
+    return table

@@ -1,0 +1,73 @@
+"""What a finished or planned run prints: layer map, before/after table, where it loads, samples, expectations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from prunekit.report.layer_map import LayerMap, Row
+from prunekit.report.table import before_after, lines
+
+
+def outcome(
+    rows: Sequence[Row],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    loads: Mapping[str, str],
+    expectations: Sequence[Mapping[str, Any]] = (),
+) -> RenderableType:
+    """Everything a person reads after a run, top to bottom.
+
+    Args:
+        rows: layer map rows.
+        before: measurements of the source, keys as in `table.MEASURES`, plus `sample`.
+        after: the same for the cut model.
+        loads: where the result loads: target and how.
+        expectations: per entry `name`, `limit`, `value`, `ok`.
+    """
+    parts: list[RenderableType] = [LayerMap(rows), "", before_after(lines(before, after))]
+    if before.get("sample") or after.get("sample"):
+        parts += ["", *_samples(before.get("sample"), after.get("sample"))]
+    if loads:
+        parts += ["", _loads(loads)]
+    if expectations:
+        parts += ["", _expectations(expectations)]
+    return Group(*parts)
+
+
+def _samples(before: str | None, after: str | None) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for name, text in (("before", before), ("after", after)):
+        if text:
+            # Text, not str: a model's output may hold what rich would read as markup.
+            parts += [Text(f"sample, {name}"), Padding(Text(" ".join(text.split())), (0, 0, 0, 2))]
+    return parts
+
+
+def _loads(loads: Mapping[str, str]) -> Table:
+    table = Table("loads in", "how", box=None, pad_edge=False, header_style="bold")
+    for target, how in loads.items():
+        table.add_row(Text(target), Text(how))
+    return table
+
+
+def _expectations(expectations: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("expected", box=None, pad_edge=False, header_style="bold")
+    table.add_column("limit", justify="right")
+    table.add_column("value", justify="right")
+    table.add_column("")
+    for entry in expectations:
+        limit, value = (_plain(entry[key]) for key in ("limit", "value"))
+        table.add_row(Text(str(entry["name"])), limit, value, "met" if entry["ok"] else Text("missed", "red"))
+    return table
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

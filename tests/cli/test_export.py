@@ -1,0 +1,49 @@
+"""`prunekit export`: where it writes, and that a failure leaves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from prunekit.cli.export import export
+from prunekit.core.errors import PrunekitError
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(model_folder: Path, out_folder: Path, progress: Any) -> SimpleNamespace:
+        (out_folder / "model.onnx").write_bytes(b"onnx")
+        return SimpleNamespace(to_json=lambda: {"max_abs_diff": 1.5e-6})
+
+    monkeypatch.setattr("prunekit.export.onnx.export_onnx", write)
+
+
+def test_default_place_is_a_folder_beside_the_weights(invoke, exporter, tmp_path) -> None:
+    done = invoke(export, tmp_path)
+    assert done.exit_code == 0, done.exception
+    assert (tmp_path / "onnx" / "model.onnx").read_bytes() == b"onnx"
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "onnx")
+    assert "1.5e-06" in done.stdout
+
+
+def test_existing_folder_is_refused(invoke, exporter, tmp_path) -> None:
+    (tmp_path / "onnx").mkdir()
+    assert isinstance(invoke(export, tmp_path).exception, PrunekitError)
+    assert invoke(export, tmp_path, "--overwrite").exit_code == 0
+
+
+def test_failed_export_leaves_nothing(invoke, monkeypatch, tmp_path) -> None:
+    def fail(model_folder: Path, out_folder: Path, progress: Any) -> None:
+        (out_folder / "half").write_text("x")
+        raise PrunekitError("the export failed")
+
+    monkeypatch.setattr("prunekit.export.onnx.export_onnx", fail)
+    assert isinstance(invoke(export, tmp_path).exception, PrunekitError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_format_is_a_usage_error(invoke, exporter, tmp_path) -> None:
+    assert invoke(export, tmp_path, "--format", "gguf").exit_code == 2

@@ -1,0 +1,104 @@
+"""`prunekit plan`: prints and writes a plan, no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from prunekit.cli.plan import plan
+from prunekit.core.errors import UsageError
+from prunekit.core.types import Order, OrderStep
+
+
+class StandInPlan:
+    """Drops block 1."""
+
+    drop = ("blocks.1.attention", "blocks.1.ffn")
+    keep: dict[str, tuple[int, ...]] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"drop": list(self.drop)}
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json()))
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Recipes handed to the pipeline, which answers with a plan for a model of two blocks."""
+    from prunekit.plan.cost import Cost
+
+    def sublayer(block: int, kind: str, widths: dict[str, int]) -> SimpleNamespace:
+        return SimpleNamespace(address=f"blocks.{block}.{kind}", kind=kind, widths=widths)
+
+    blocks = [
+        SimpleNamespace(
+            index=i,
+            attention=sublayer(i, "attention", {"kv": 1, "rep": 2, "hd": 4}),
+            ffn=sublayer(i, "ffn", {"ffn": 8}),
+        )
+        for i in range(2)
+    ]
+    cost = {"block_params": 2_000, "flops_per_token": 4_000, "kv_bytes_per_token": 64, "weight_bytes": 12_000}
+    seen: list[Any] = []
+
+    def make_plan(recipe: Any, **options: Any) -> SimpleNamespace:
+        seen.append(recipe)
+        return SimpleNamespace(
+            view=SimpleNamespace(blocks=blocks),
+            plan=StandInPlan(),
+            layout=SimpleNamespace(kind="stock"),
+            before=Cost(params=40_000, **cost),
+            after=Cost(params=30_000, **cost),
+            orders=[Order("finercut", (OrderStep(("blocks.1.ffn",), 0.25),), {})],
+        )
+
+    monkeypatch.setattr("prunekit.pipeline.make_plan", make_plan)
+    monkeypatch.setattr("prunekit.plan.layout.loads", lambda view, layout: {"transformers": "stock class"})
+    return seen
+
+
+def test_plan_shows_what_goes_and_where_it_loads(invoke, recipe_file) -> None:
+    done = invoke(plan, "--recipe", recipe_file)
+    assert done.exit_code == 0, done.exception
+    assert "1 of 2 attention and 1 of 2 ffn sub-layers removed" in done.stdout
+    assert "stock class" in done.stdout
+    assert any(x.split() == ["parameters", "k", "40.0", "30.0", "-25.0"] for x in done.stdout.splitlines())
+
+
+def test_plan_file_is_written_and_named_last(invoke, recipe_file, tmp_path) -> None:
+    done = invoke(plan, "--recipe", recipe_file, "--output", tmp_path / "plan.json")
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["drop"] == list(StandInPlan.drop)
+
+
+def test_json_carries_orders_and_rows(invoke, recipe_file) -> None:
+    data = json.loads(invoke(plan, "--recipe", recipe_file, "--json").stdout)
+    assert data["orders"][0]["steps"][0]["distance"] == 0.25
+    assert data["layer_map"][1]["ffn"]["state"] == "removed"
+    assert data["after"]["params"] == 30_000
+
+
+def test_existing_plan_file_is_refused_before_any_work(invoke, recipe_file, tmp_path, made) -> None:
+    (tmp_path / "plan.json").write_text("mine")
+    done = invoke(plan, "--recipe", recipe_file, "--output", tmp_path / "plan.json")
+    assert isinstance(done.exception, UsageError)
+    assert made == []
+    assert (tmp_path / "plan.json").read_text() == "mine"
+
+
+def test_existing_plan_file_is_replaced_with_overwrite(invoke, recipe_file, tmp_path) -> None:
+    (tmp_path / "plan.json").write_text("mine")
+    done = invoke(plan, "--recipe", recipe_file, "--output", tmp_path / "plan.json", "--overwrite")
+    assert done.exit_code == 0, done.exception
+    assert (tmp_path / "plan.json").read_text() != "mine"
+
+
+def test_plan_file_in_missing_folder_is_refused_before_any_work(invoke, recipe_file, tmp_path, made) -> None:
+    done = invoke(plan, "--recipe", recipe_file, "--output", tmp_path / "no" / "plan.json")
+    assert isinstance(done.exception, UsageError)
+    assert made == []
