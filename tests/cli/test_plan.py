@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -18,7 +18,7 @@ class StandInPlan:
     """Drops block 1."""
 
     drop = ("blocks.1.attention", "blocks.1.ffn")
-    keep: dict[str, tuple[int, ...]] = {}
+    keep: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def to_json(self) -> dict[str, Any]:
         return {"drop": list(self.drop)}

@@ -1,0 +1,94 @@
+"""The readable part of an output folder, and what a run prints."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from prunekit.report.facts import facts_table
+from prunekit.report.folder import Story, auto_class, write_report
+from prunekit.report.layer_map import Cell, Row
+from prunekit.report.outcome import outcome
+
+STORY = Story(
+    name="mine, smaller",
+    source="/models/mine",
+    layout="heterogeneous",
+    loads={"transformers with import prunekit": "AutoModelForCausalLM"},
+    before={"params": 40_000_000, "sample": "the dense model"},
+    after={"params": 30_000_000, "sample": "the cut model"},
+    recipe="schema: 1",
+    prompt="Once",
+)
+
+
+def printed(renderable: Any) -> str:
+    console = Console(file=StringIO(), width=100, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_folder_gets_card_and_map(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    attention = SimpleNamespace(address="blocks.0.attention", kind="attention", widths={"kv": 1, "rep": 2, "hd": 4})
+    ffn = SimpleNamespace(address="blocks.0.ffn", kind="ffn", widths={"ffn": 8})
+    view = SimpleNamespace(
+        blocks=[SimpleNamespace(index=0, attention=attention, ffn=ffn)],
+        checkpoint=SimpleNamespace(folder=source),
+        config={"architectures": ["LlamaForCausalLM"]},
+    )
+    write_report(target, view, SimpleNamespace(drop=("blocks.0.ffn",), keep={}), STORY)  # type: ignore[arg-type]
+    card = (target / "README.md").read_text()
+    assert sorted(p.name for p in target.iterdir()) == ["README.md", "layer_map.png"]
+    assert "license: mit" in card
+    assert "removed ffn: 0" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "the cut model" in card
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("BertModel", "AutoModel"),
+        ("ViTForImageClassification", "AutoModelForImageClassification"),
+    ],
+)
+def test_auto_class_of_an_architecture(architecture: str, expected: str) -> None:
+    assert auto_class([architecture]) == expected
+
+
+def test_no_architecture_loads_as_the_plain_model() -> None:
+    assert auto_class([]) == "AutoModel"
+
+
+def test_outcome_shows_text_of_a_model_as_it_is() -> None:
+    rows = [Row(0, Cell("kept", {}), Cell("removed", {}))]
+    text = printed(outcome(rows, {"sample": "[red]a[/nothing]"}, {"sample": "b"}, {}))
+    assert "[red]a[/nothing]" in text
+
+
+def test_outcome_marks_a_missed_expectation() -> None:
+    rows = [Row(0, Cell("kept", {}), Cell("removed", {}))]
+    entries = [
+        {"name": "params_max", "limit": 100, "value": 90, "ok": True},
+        {"name": "perplexity_max", "limit": 20.0, "value": 25.5, "ok": False},
+    ]
+    lines = printed(outcome(rows, {}, {}, {}, entries)).splitlines()
+    assert lines[-2].split() == ["params_max", "100", "90", "met"]
+    assert lines[-1].split() == ["perplexity_max", "20", "25.5", "missed"]
+
+
+def test_facts_name_nested_values_and_skip_empty_ones() -> None:
+    text = printed(facts_table({"ok": True, "checks": [{"name": "a", "diff": 1.5e-6}], "gone": None, "ids": [1, 2]}))
+    shown = [" ".join(line.split()) for line in text.splitlines()]
+    assert shown == ["ok yes", "checks.0.name a", "checks.0.diff 1.5e-06", "ids 1, 2"]
