@@ -1,0 +1,233 @@
+"""Traces a loaded model into a tidy ONNX graph: sample inputs, the exporter without its chatter, plain names."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prunekit.core.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from transformers import PreTrainedModel
+
+BATCH, LENGTH, PAST = "batch_size", "sequence_length", "past_sequence_length"
+TOTAL = f"{PAST} + {LENGTH}"
+_CACHE_INPUT = re.compile(r"(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s")
+_CACHE_OUTPUT = re.compile(r"(?:output\.)?past_key_values\.layers\.(\d+)\.(key|value)s")
+
+
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model continues text, so that its graph gets a KV cache."""
+    return bool(model.can_generate())
+
+
+def sample_inputs(model: PreTrainedModel, batch: int, length: int, pad: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Seeded inputs of a model.
+
+    Decoders are padded on the left, encoders on the right, where `pad` > 0: a mask of ones alone would let the
+    tracer drop it from the graph.
+
+    Args:
+        batch: rows, at least 2 for a trace: a traced axis of length 1 stays 1.
+        length: tokens a row; images ignore it.
+        pad: padded positions of the first row.
+        seed: of the random ids or pixels.
+
+    Returns:
+        `input_ids`, `attention_mask`, for some `token_type_ids`, int64 [batch, length]; or `pixel_values`, float
+        [batch, channels, height, width].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch, model.config.num_channels, height, width)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)}
+    ids = torch.randint(
+        min(3, model.config.vocab_size - 1), model.config.vocab_size, (batch, length), generator=generator
+    )
+    mask = torch.ones_like(ids)
+    if pad:
+        mask[0, slice(0, pad) if is_decoder(model) else slice(length - pad, length)] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    takes = inspect.signature(model.forward).parameters
+    if "token_type_ids" in takes and getattr(model.config, "type_vocab_size", 0):
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return inputs
+
+
+def trace(model: PreTrainedModel, opset: int | None = None) -> onnx_ir.Model:
+    """ONNX graph of a model, batch and lengths dynamic.
+
+    A decoder becomes one graph that prefills from an empty cache, decodes a token and continues with several:
+    `past_key_values.<n>.key|value` in, `present.<n>.key|value` out, n counting the attention layers that are left.
+
+    Raises:
+        ExportError: if the model cannot be traced, or its graph lost an input.
+    """
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    parts: dict[str, Any] = {}
+    try:
+        with _quiet(), torch.no_grad():
+            config = OnnxConfig(dynamic=True, opset_version=opset)
+            if is_decoder(model):
+                target, parts = _decode_step(model)
+            else:
+                target, parts = model, sample_inputs(model, batch=2, length=8, pad=3)
+                if "use_cache" in inspect.signature(model.forward).parameters:
+                    parts["use_cache"] = False
+                if "pixel_values" in parts:
+                    config.dynamic_shapes = {"pixel_values": {0: torch.export.Dim.AUTO}}
+            exported = OnnxExporter().export(target, parts, config)
+    except Exception as error:
+        raise ExportError(
+            f"`{type(model).__name__}` could not be exported to ONNX",
+            why=_first_line(error),
+            hint="the checkpoint itself is not affected; leave `onnx` out of `export.formats` to do without",
+        ) from error
+    # transformers before 5.23 returns torch's ONNXProgram, which keeps the graph as `model`.
+    ir = exported.program if hasattr(exported, "program") else exported.model
+    _rename(ir)
+    _name_axes(ir)
+    _strip(ir)
+    _require_inputs(ir, [name for name, value in parts.items() if isinstance(value, torch.Tensor)], is_decoder(model))
+    return ir
+
+
+def _decode_step(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, Any]]:
+    from transformers import DynamicCache, GenerationConfig
+    from transformers.exporters.utils import decompose_for_generation
+
+    inputs = sample_inputs(model, batch=2, length=7, pad=3)
+    # A cache made without the config keeps every token in every layer; a sliding layer's window then comes from its
+    # mask. A layer that drops old tokens would bake the sample's length into the graph.
+    inputs["past_key_values"] = DynamicCache()
+    greedy = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
+    step = decompose_for_generation(model, inputs, generation_config=greedy, multi_token_decode=True)
+    return step["decode"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back prints, warnings, log lines below errors and progress bars of the exporter, and restores all."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = logging.root.manager.disable, hf_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    hf_logging.disable_progress_bar()
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    """Innermost cause in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
+
+
+def _rename(ir: onnx_ir.Model) -> None:
+    """Gives the cache the names that optimum, transformers.js and onnxruntime-genai look for."""
+    for values, pattern, prefix in (
+        (ir.graph.inputs, _CACHE_INPUT, "past_key_values"),
+        (ir.graph.outputs, _CACHE_OUTPUT, "present"),
+    ):
+        found = [(value, match) for value in values if (match := pattern.fullmatch(value.name or ""))]
+        order = {layer: rank for rank, layer in enumerate(sorted({int(match[1]) for _, match in found}))}
+        for value, match in found:
+            value.name = f"{prefix}.{order[int(match[1])]}.{match[2]}"
+
+
+def _name_axes(ir: onnx_ir.Model) -> None:
+    """Replaces the tracer's symbols (`s44`) by what the axes are; numbers written as symbols become numbers.
+
+    The KV head axis stays symbolic where layers differ in it: runtimes that feed one shape of empty cache to every
+    layer can then still open the graph, since an empty tensor adds nothing.
+    """
+    import onnx_ir
+
+    names: dict[str, str] = {}
+    for value in ir.graph.inputs:
+        roles: Sequence[str | None] = (BATCH, LENGTH)
+        if (value.name or "").startswith("past_key_values."):
+            roles = (BATCH, None, PAST, None)
+        elif value.name == "attention_mask" and any((v.name or "").startswith("past_") for v in ir.graph.inputs):
+            roles = (BATCH, TOTAL)
+        for axis, role in zip(value.shape or (), roles, strict=False):
+            text = _symbol(axis)
+            if role and text and text.isidentifier():
+                names.setdefault(text, role)
+    kv_heads = {str(v.shape[1]) for v in ir.graph.inputs if (v.name or "").startswith("past_") and v.shape}
+    uneven = len(kv_heads) > 1
+    for value in _values(ir):
+        if value.shape is None:
+            continue
+        cache = uneven and (value.name or "").startswith(("past_key_values.", "present."))
+        axes: list[Any] = []
+        for position, axis in enumerate(value.shape):
+            text = str(axis) if isinstance(axis, int) else _symbol(axis)
+            if text is None:
+                axes.append(axis)
+            elif text.isdigit():
+                axes.append(onnx_ir.SymbolicDim(f"kv_heads_{text}") if cache and position == 1 else int(text))
+            else:
+                axes.append(onnx_ir.SymbolicDim(re.sub(r"\bs\d+\b", lambda m: names.get(m[0], m[0]), text)))
+        value.shape = onnx_ir.Shape(axes)
+
+
+def _symbol(axis: Any) -> str | None:
+    """Text of a symbolic axis, None for a plain number or an unknown."""
+    return None if isinstance(axis, int) or axis.value is None else str(axis.value)
+
+
+def _values(ir: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    yield from ir.graph.inputs
+    for node in RecursiveGraphIterator(ir.graph):
+        yield from node.outputs
+
+
+def _strip(ir: onnx_ir.Model) -> None:
+    """Drops the tracer's notes (stack traces, source paths), which are most of a graph file's bytes."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    for value in [*_values(ir), *ir.graph.initializers.values()]:
+        value.metadata_props.clear()
+        value.doc_string = None
+    for node in RecursiveGraphIterator(ir.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+    ir.graph.metadata_props.clear()
+    ir.metadata_props.clear()
+    ir.graph.doc_string = ir.doc_string = None
+
+
+def _require_inputs(ir: onnx_ir.Model, given: Sequence[str], decoder: bool) -> None:
+    names = {value.name for value in ir.graph.inputs}
+    missing = sorted(set(given) - names)
+    if decoder and not any((name or "").startswith("past_key_values.") for name in names):
+        missing.append("past_key_values")
+    if missing:
+        raise ExportError(
+            "the ONNX graph lost inputs: " + ", ".join(f"`{name}`" for name in missing),
+            why="a graph without them gives wrong results for padded or continued text",
+            hint="report this with the versions of torch and transformers",
+        )
