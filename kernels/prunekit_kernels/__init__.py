@@ -1,0 +1,4 @@
+"""GPU kernels of prunekit: one folder an operation, each with a plain reference, a kernel and shared cases.
+
+Importing this package or an operation needs torch alone; Triton is imported on the first launch on a GPU.
+"""

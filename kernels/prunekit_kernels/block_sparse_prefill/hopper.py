@@ -1,0 +1,337 @@
+"""Block-sparse prefill for Hopper in Gluon: one producer warp, two warpgroups of matrix work, persistent programs.
+
+A program walks tiles of 128 queries of one head. The producer follows the tile's key-block list and copies K and V
+blocks into a ring with the tensor copy engine; each consumer warpgroup owns 64 of the queries. A consumer issues the
+scores of the next block before the output product of the last one, so that its softmax runs under both products, and
+it does so across tiles: the first scores of the next tile run beside the last product of this one.
+
+Shapes: B batch, H query heads, G key-value heads, S queries, T keys, D head size.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _tile(t, n_rows, group, n_kv_heads):
+    """Row of blocks, batch, query head and key-value head of tile `t`, the longest rows of a key-value head first."""
+    per_kv = n_rows * group
+    kv = t // per_kv
+    rest = t % per_kv
+    kv_head = kv % n_kv_heads
+    return n_rows - 1 - rest // group, kv // n_kv_heads, kv_head * group + rest % group, kv_head
+
+
+@gluon.jit
+def _load_block(desc, smem, full, empty, slot, phase, batch, head, block, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Copies one key or value block into a slot of the ring once both consumers have left it."""
+    mbarrier.wait(empty.index(slot), phase)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    place = smem.index(slot)._reinterpret(desc.dtype, [1, 1, BLOCK, DIM], desc.layout)
+    tma.async_copy_global_to_shared(desc, [batch, head, block * BLOCK, 0], full.index(slot), place)
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    counts, indices, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads,
+    STAGES: gl.constexpr, DIM: gl.constexpr,
+):  # fmt: skip
+    """Copies the queries of each tile and the listed key and value blocks, as far ahead as the ring allows.
+
+    After the last tile it sends that tile's queries and first key block once more, for the scores that the consumers
+    start before they know that nothing follows.
+    """
+    first = gl.program_id(0)
+    n_mine = (n_tiles - first + gl.num_programs(0) - 1) // gl.num_programs(0)
+    step = 0
+    for i in range(n_mine + 1):
+        t = first + gl.minimum(i, n_mine - 1) * gl.num_programs(0)
+        row, batch, head, kv_head = _tile(t, n_rows, group, n_kv_heads)
+        line = head * stride_head + row
+        count = gl.where(i == n_mine, 0, gl.load(counts + line))
+        for half in gl.static_range(2):
+            mbarrier.wait(q_empty.index(half), (i & 1) ^ 1)
+            mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+            place = q_smem.index(half)._reinterpret(q_desc.dtype, [1, 1, 64, DIM], q_desc.layout)
+            tma.async_copy_global_to_shared(q_desc, [batch, head, row * 128 + half * 64, 0], q_full.index(half), place)
+        block = gl.load(indices + line * max_count)
+        slot = step % STAGES
+        phase = ((step // STAGES) & 1) ^ 1
+        _load_block(k_desc, k_smem, k_full, k_empty, slot, phase, batch, kv_head, block, 128, DIM)
+        for j in range(1, count):
+            ahead = gl.load(indices + line * max_count + j)
+            _load_block(v_desc, v_smem, v_full, v_empty, slot, phase, batch, kv_head, block, 128, DIM)
+            step += 1
+            slot = step % STAGES
+            phase = ((step // STAGES) & 1) ^ 1
+            _load_block(k_desc, k_smem, k_full, k_empty, slot, phase, batch, kv_head, ahead, 128, DIM)
+            block = ahead
+        if i < n_mine:
+            _load_block(v_desc, v_smem, v_full, v_empty, slot, phase, batch, kv_head, block, 128, DIM)
+            step += 1
+
+
+@gluon.jit
+def _mask(s, q_first, k_first, n_keys, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores with keys of the future and keys past the end at minus infinity."""
+    q_at = q_first + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    k_at = k_first + gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT))
+    keep = gl.expand_dims(k_at, 0) < n_keys
+    if CAUSAL:
+        keep = keep & (gl.expand_dims(q_at, 1) >= gl.expand_dims(k_at, 0))
+    return gl.where(keep, s, float("-inf"))
+
+
+@gluon.jit
+def _softmax(s, m, scale_log2, MASKED: gl.constexpr):
+    """New row maximum, factor for what was summed before, and exponentials of one block of scores (base two)."""
+    m_new = gl.maximum(m, gl.max(s, axis=1) * scale_log2)
+    if MASKED:
+        safe = gl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        safe = m_new
+    alpha = gl.exp2(m - safe)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(safe, 1))
+    return m_new, alpha, p
+
+
+@gluon.jit
+def _hold(l):
+    """The row sums, through an instruction that stores them if they are negative, which they never are.
+
+    The assembler may move a wait for matrix work over plain arithmetic, and it did: the softmax then ran behind the
+    product that it should hide. It does not move the wait over a store that needs the softmax's result.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred never; .reg .b32 at; mov.b32 at, 0; setp.lt.f32 never, $1, 0f00000000;"
+        " @never st.volatile.shared.f32 [at], $1; mov.b32 $0, $1; }",
+        "=r,r",
+        [l],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _packed(p, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Exponentials in the operand layout of the output product."""
+    if DTYPE == gl.bfloat16:
+        p16 = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        p16 = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return gl.convert_layout(p16, LAYOUT)
+
+
+@gluon.jit
+def _issue(
+    q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step,
+    STAGES: gl.constexpr, PINGPONG: gl.constexpr, WHO: gl.constexpr, S_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Starts the scores of block `step` and the output product of block `step - 1`; returns when the scores are there."""
+    slot = step % STAGES
+    before = (step - 1) % STAGES
+    mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+    if PINGPONG:
+        mbarrier.wait(turn.index(WHO), (step & 1) ^ (1 - WHO))
+    zero = gl.zeros([64, 128], gl.float32, layout=S_LAYOUT)
+    s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
+    acc = warpgroup_mma(p16, v_smem.index(before), acc, is_async=True)
+    if PINGPONG:
+        mbarrier.arrive(turn.index(1 - WHO), count=1)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    return s, acc
+
+
+@gluon.jit
+def _step(
+    q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, block_at, q_first, n_keys,
+    scale_log2,
+    MASKED: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, WHO: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """One block further within a tile."""
+    s, acc = _issue(
+        q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step, STAGES, PINGPONG, WHO, S_LAYOUT
+    )  # fmt: skip
+    if MASKED:
+        s = _mask(s, q_first, gl.load(block_at) * 128, n_keys, CAUSAL, S_LAYOUT)
+    m, alpha, p = _softmax(s, m, scale_log2, MASKED)
+    l = _hold(l * alpha + gl.sum(p, axis=1))
+    acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
+    mbarrier.arrive(v_empty.index((step - 1) % STAGES), count=1)
+    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT)), 1)
+    return acc, _packed(p, v_smem.dtype, P_LAYOUT), m, l
+
+
+@gluon.jit
+def _consume(
+    o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group, n_kv_heads,
+    n_queries, n_keys, q_offset, scale_log2,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr, WHO: gl.constexpr,
+):  # fmt: skip
+    """Attention of 64 queries over the listed blocks, tile after tile."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    q = q_smem.index(WHO)
+    out = o_smem.index(WHO)
+    first = gl.program_id(0)
+    n_mine = (n_tiles - first + gl.num_programs(0) - 1) // gl.num_programs(0)
+    nothing = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+
+    row, batch, head, kv_head = _tile(first, n_rows, group, n_kv_heads)
+    line = head * stride_head + row
+    mbarrier.wait(q_full.index(WHO), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    if PINGPONG:
+        mbarrier.wait(turn.index(WHO), 1 - WHO)
+    zero = gl.zeros([64, 128], gl.float32, layout=S_LAYOUT)
+    s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if PINGPONG:
+        mbarrier.arrive(turn.index(1 - WHO), count=1)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(0), count=1)
+    s = _mask(s, q_offset + row * 128 + WHO * 64, gl.load(indices + line * max_count) * 128, n_keys, CAUSAL, S_LAYOUT)
+    m, alpha, p = _softmax(s, nothing, scale_log2, True)
+    l = gl.sum(p, axis=1)
+    p16 = _packed(p, v_smem.dtype, P_LAYOUT)
+
+    step = 1
+    for i in range(n_mine):
+        at = indices + line * max_count
+        q_first = q_offset + row * 128 + WHO * 64
+        count = gl.load(counts + line)
+        partial = gl.maximum(gl.load(partials + line), 1)
+        acc = gl.zeros([64, DIM], gl.float32, layout=O_LAYOUT)
+        for j in range(1, partial):
+            acc, p16, m, l = _step(
+                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, q_first,
+                n_keys, scale_log2, True, CAUSAL, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+            )  # fmt: skip
+            step += 1
+        for j in range(partial, count):
+            acc, p16, m, l = _step(
+                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, q_first,
+                n_keys, scale_log2, False, CAUSAL, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+            )  # fmt: skip
+            step += 1
+        mbarrier.arrive(q_empty.index(WHO), count=1)
+
+        rows = row * 128 + WHO * 64 + gl.arange(0, 64, layout=ROW)
+        lse_at = lse + (batch * heads + head) * n_queries + rows
+        row_out, batch_out, head_out = row, batch, head
+        m_out, l_out = m, l
+        t = first + gl.minimum(i + 1, n_mine - 1) * gl.num_programs(0)
+        row, batch, head, kv_head = _tile(t, n_rows, group, n_kv_heads)
+        line = head * stride_head + row
+        k_first = gl.load(indices + line * max_count) * 128
+        mbarrier.wait(q_full.index(WHO), (i + 1) & 1)
+        s, acc = _issue(
+            q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step, STAGES, PINGPONG, WHO, S_LAYOUT
+        )  # fmt: skip
+        s = _mask(s, q_offset + row * 128 + WHO * 64, k_first, n_keys, CAUSAL, S_LAYOUT)
+        m, alpha, p = _softmax(s, nothing, scale_log2, True)
+        l = _hold(gl.sum(p, axis=1))
+        acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
+        mbarrier.arrive(v_empty.index((step - 1) % STAGES), count=1)
+        p16 = _packed(p, v_smem.dtype, P_LAYOUT)
+        step += 1
+
+        inverse = 1.0 / gl.where(l_out == 0.0, 1.0, l_out)
+        acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT)), 1)
+        tma.store_wait(0)
+        out.store(acc.to(o_desc.dtype))
+        fence_async_shared()
+        place = out._reinterpret(o_desc.dtype, [1, 1, 64, DIM], o_desc.layout)
+        tma.async_copy_shared_to_global(o_desc, [batch_out, head_out, row_out * 128 + WHO * 64, 0], place)
+        gl.store(lse_at, (m_out + gl.log2(l_out)) * 0.6931471805599453, mask=rows < n_queries)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["n_queries", "n_keys", "q_offset", "n_tiles", "n_rows", "max_count"])
+def block_sparse_prefill_hopper(
+    q_desc, k_desc, v_desc, o_desc, lse, counts, partials, indices, stride_head, max_count,
+    n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
+):  # fmt: skip
+    """Attention over listed key blocks of 128 by 128.
+
+    Args:
+        q_desc: tensor descriptor [B, H, S, D], block [1, 1, 64, D]; `o_desc` alike.
+        k_desc: tensor descriptor [B, G, T, D], block [1, 1, 128, D]; `v_desc` alike.
+        lse: float32 [B, H, S], written, natural logarithm.
+        counts: int32 [1 or H, rows], blocks of a row, at least one.
+        partials: int32 like `counts`, how many of them, the leading ones, want the mask.
+        indices: int32 [1 or H, rows, max_count].
+        stride_head: rows if the lists differ by head, 0 if one list serves all.
+        scale_log2: softmax scale times log2(e).
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    q_smem = gl.allocate_shared_memory(dtype, [2, 64, DIM], flat)
+    o_smem = gl.allocate_shared_memory(dtype, [2, 64, DIM], flat)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 128, DIM], flat)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 128, DIM], flat)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(turn.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    turn, counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group,
+                    n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, STAGES, PINGPONG, DIM, 0,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    turn, counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group,
+                    n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, STAGES, PINGPONG, DIM, 1,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    counts, indices, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads, STAGES, DIM,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

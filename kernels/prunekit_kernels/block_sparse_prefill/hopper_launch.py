@@ -1,0 +1,44 @@
+"""Launches the Hopper kernel: tensor descriptors and a persistent grid."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from prunekit_kernels.block_sparse_prefill.hopper import block_sparse_prefill_hopper
+
+STAGES = 2
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _descriptor(tensor: Tensor, rows: int, layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, tensor.shape[-1]], layout)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
+    q_offset: int, causal: bool, scale: float, pingpong: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Runs the kernel; arguments and result as in `block_sparse_prefill`, every row listing at least one block."""
+    batch, heads, n_queries, dim = q.shape
+    n_kv_heads = k.shape[1]
+    rows = counts.shape[1]
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    n_tiles = rows * heads * batch
+    block_sparse_prefill_hopper[(min(n_tiles, _processors(q.device.index or 0)),)](
+        _descriptor(q, 64, layout), _descriptor(k, 128, layout), _descriptor(v, 128, layout),
+        _descriptor(out, 64, layout), lse, counts, partials, indices, rows if counts.shape[0] > 1 else 0,
+        indices.shape[2], n_tiles, rows, heads, heads // n_kv_heads, n_kv_heads, n_queries, k.shape[2], q_offset,
+        scale * 1.4426950408889634, CAUSAL=causal, STAGES=STAGES, PINGPONG=pingpong, DIM=dim, num_warps=4,
+    )  # fmt: skip
+    return out, lse
