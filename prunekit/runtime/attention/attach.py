@@ -1,0 +1,97 @@
+"""Turns a pattern on for one model, and back off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from prunekit_kernels.block_sparse_prefill import refusal
+from transformers import PreTrainedModel
+
+from prunekit.core.errors import RuntimePolicyError
+from prunekit.runtime.attention.interface import NAME, register
+from prunekit.runtime.attention.patterns._engine import Pattern
+from prunekit.runtime.attention.policy import policy
+
+ABSENT = object()
+
+
+class Attachment:
+    """A pattern on a model, until `detach()` or the end of a `with` block puts everything back."""
+
+    def __init__(self, model: PreTrainedModel, section: Mapping[str, Any]) -> None:
+        self._model = model
+        configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+        self._before = [(c, c._attn_implementation, getattr(c, "prunekit", ABSENT)) for c in configs.values()]
+        for config, _, old in self._before:
+            kept = dict(old) if isinstance(old, Mapping) else {}
+            config.prunekit = {**kept, "runtime": {**kept.get("runtime", {}), "attention": dict(section)}}
+        model.set_attn_implementation(NAME)
+        stuck = [type(c).__name__ for c, _, _ in self._before if c._attn_implementation != NAME]
+        if stuck:
+            self.detach()
+            raise RuntimePolicyError(
+                f"`{type(model).__name__}` does not let its attention be changed",
+                why="its code calls no attention function of transformers' AttentionInterface",
+            )
+
+    def detach(self) -> None:
+        """Puts the model's attention and config back as they were; a second call does nothing."""
+        for config, implementation, section in self._before:
+            config._attn_implementation = implementation
+            if section is ABSENT:
+                del config.prunekit
+            else:
+                config.prunekit = section
+        self._before = []
+
+    def __enter__(self) -> PreTrainedModel:
+        return self._model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+def attach(
+    model: PreTrainedModel, pattern: Pattern | str | Mapping[str, Any], *, layers: Sequence[int] | None = None,
+    strict: bool = False,
+) -> Attachment:  # fmt: skip
+    """Lets a model attend sparsely, from now on or within a `with` block.
+
+    Args:
+        model: any model whose code uses transformers' AttentionInterface.
+        pattern: a pattern, its name, or a config section such as `{"pattern": "power", "block_tokens": 128}`.
+        layers: the layers it is for, counted from 0; the others stay dense. None: all.
+        strict: raise instead of warning when no GPU kernel serves the model.
+    Returns:
+        What undoes it: use it in a `with` statement or call its `detach()`.
+    Raises:
+        UsageError: for an unknown pattern or option.
+        RuntimePolicyError: if the model's attention cannot be changed, or, if strict, runs without a kernel.
+
+    Example:
+        with attach(model, {"pattern": "power", "block_tokens": 128, "window_blocks": 8}):
+            model.generate(**inputs)
+    """
+    chosen = policy(pattern, None if layers is None else tuple(layers))
+    reason = _no_kernel(model)
+    if reason and strict:
+        raise RuntimePolicyError("no kernel serves this model", why=reason)
+    register()
+    attachment = Attachment(model, chosen.section())
+    if reason:
+        warnings.warn(f"sparse attention runs in plain torch, which is right but slow: {reason}", stacklevel=2)
+    return attachment
+
+
+def _no_kernel(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    like = torch.empty(1, heads, 0, dim, dtype=model.dtype, device=model.device)
+    return refusal(like, like)
