@@ -1,0 +1,282 @@
+"""Block-sparse prefill on one GPU, beside dense attention and FlexAttention; tests first.
+
+    python benchmarks/attention_prefill.py --out rows.jsonl [--lengths 8192 32768 131072] [--check-only]
+
+Batch 1, 32 query heads, 8 key-value heads, head size 128, bfloat16, causal. The pattern is power with blocks of 128
+tokens and the last 8 near. A row's floor is its arithmetic over the touched blocks at the measured matrix-product rate.
+Speed-ups are printed only when every check passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, cases, hopper_launch, portable
+from prunekit_kernels.block_sparse_prefill.reference import masked_attention, reference
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from prunekit.runtime.attention.patterns._engine import block_lists
+from prunekit.runtime.attention.patterns.power import Power
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+PATTERN = Power(block_tokens=128, window_blocks=8, sink_blocks=1)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Row:
+    """One line of the results."""
+
+    what: str
+    tokens: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    tflops_touched: float
+    floor_ms: float
+    peak_mib: float
+    shape: str = f"B1 H{HEADS} G{KV_HEADS} D{DIM} bfloat16 causal"
+    baseline: str = ""
+    times_baseline: float | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def portable_with(keys: int, warps: int, stages: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The portable kernel with one tile, called like the operation."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
+        starts: Tensor | None = None, ends: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return portable.launch(
+            q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends,
+            lists.block_q, lists.block_k, lists.q_offset, lists.causal, scale, portable.Tile(keys, warps, stages),
+        )  # fmt: skip
+
+    return run
+
+
+def hopper_with(**options: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The Hopper kernel with launch options, called like the operation."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
+        starts: Tensor | None = None, ends: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return hopper_launch.launch(
+            q, k, v, lists.counts, lists.partials, lists.indices, lists.q_offset, lists.causal, scale, **options
+        )
+
+    return run
+
+
+def ours() -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
+    """Our kernel variants by name."""
+    return {
+        "hopper": hopper_with(),
+        "hopper pingpong": hopper_with(pingpong=True),
+        "portable 128x64 w4 s3": portable_with(64, 4, 3),
+        "portable 128x128 w8 s2": portable_with(128, 8, 2),
+    }
+
+
+def poisoned() -> None:
+    """From now on memory that nobody wrote holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def unpoisoned() -> None:
+    """Back to memory as it comes."""
+    torch.use_deterministic_algorithms(False)
+
+
+def check_small(log: list[str], seed: int) -> None:
+    """Every variant on the ragged cases it takes, against float64."""
+    for number, case in enumerate(cases.LARGE):
+        for dtype in (torch.bfloat16, torch.float16):
+            q, k, v, lists, starts, ends = cases.make(case, dtype, "cuda", seed + number)
+            scale = case.dim**-0.5
+            expected, lse = reference(q.double(), k.double(), v.double(), lists, scale, starts, ends)
+            for name, run in {"operation": None, **ours()}.items():
+                if name.startswith("hopper") and (case.table or case.spans or case.dim not in (64, 128)):
+                    continue
+                if run is None:
+                    out, got = block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends)
+                else:
+                    out, got = run(q, k, v, lists, scale, starts, ends)
+                error = cases.relative_error(out, expected)
+                finite = lse > float("-inf")
+                lse_error = float((got - lse)[finite].abs().max())
+                same = bool(((got > float("-inf")) == finite).all())
+                if not (error <= cases.RELATIVE[dtype] and lse_error <= cases.LSE_ABSOLUTE[dtype] and same):
+                    log.append(f"{name} {case.name} {dtype} seed {seed + number}: output {error:.2e} lse {lse_error:.2e}")
+
+
+def check_large(log: list[str], n: int, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> None:
+    """Every variant at full size on some rows of queries, against float32 and the pattern's own rule."""
+    keys = torch.arange(n, device="cuda")
+    for name, run in ours().items():
+        out, lse = run(q, k, v, lists, DIM**-0.5)
+        if not bool(torch.isfinite(out).all() & torch.isfinite(lse).all()):
+            log.append(f"{name} {n}: not finite everywhere")
+        for first in (0, 640, n // 2 + 37, n - 64):
+            rows = torch.arange(first, min(first + 64, n), device="cuda")
+            mask = PATTERN.allows(rows[:, None], keys[None, :])[None]
+            expected, sums = masked_attention(q[0, :, rows].float(), k[0].float(), v[0].float(), mask, DIM**-0.5)
+            error = cases.relative_error(out[0, :, rows], expected)
+            lse_error = float((lse[0, :, rows] - sums).abs().max())
+            if not (error <= cases.RELATIVE[torch.bfloat16] and lse_error <= cases.LSE_ABSOLUTE[torch.bfloat16]):
+                log.append(f"{name} {n} rows {first}: output {error:.2e} lse {lse_error:.2e}")
+
+
+def draw(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries, keys and values of one long prompt."""
+    shapes = ((1, HEADS, n, DIM), (1, KV_HEADS, n, DIM), (1, KV_HEADS, n, DIM))
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    return q, k, v
+
+
+def measure(run: Callable[[], object], rep_ms: int) -> tuple[float, float, float, float]:
+    """Median, 20th and 80th percentile in ms, and peak memory in MiB."""
+    torch.cuda.reset_peak_memory_stats()
+    median, low, high = triton.testing.do_bench(run, warmup=30, rep=rep_ms, quantiles=[0.5, 0.2, 0.8])
+    return median, low, high, torch.cuda.max_memory_allocated() / 2**20
+
+
+def ceilings() -> tuple[float, float]:
+    """Measured matrix-product rate in TFLOP/s and copy rate in TB/s."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = measure(lambda: a @ b, 150)[0]
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    copy = measure(lambda: target.copy_(source), 100)[0]
+    return 2 * 8192**3 / product / 1e9, 2 * source.nbytes / copy / 1e9
+
+
+def flex_power(n: int, mode: str | None) -> Attention:
+    """FlexAttention under the power pattern, compiled."""
+    size, near, sink = PATTERN.block_tokens, PATTERN.window_blocks, PATTERN.sink_blocks
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        d = q // size - k // size
+        return ((d < near) | ((d & (d - 1)) == 0) | (k // size < sink)) & (k <= q)
+
+    mask = create_block_mask(rule, None, None, n, n, device="cuda", BLOCK_SIZE=128, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def dense(backend: SDPBackend) -> Attention:
+    """Dense causal attention through one backend of torch."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return run
+
+
+def facts(commit: str) -> dict[str, str]:
+    """Hardware and versions."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver, clock, power": subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+def main() -> int:
+    """Checks, times, prints a table; 1 if a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines are written here")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--no-dense", action="store_true", help="leave the dense baselines out")
+    parser.add_argument("--autotune", action="store_true", help="also FlexAttention in max-autotune mode")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    log: list[str] = []
+    poisoned()
+    check_small(log, seed=1)
+    print(f"small checks: {len(log)} failed", flush=True)
+    rows: list[Row] = []
+    if not options.check_only:
+        unpoisoned()
+        matmul, copy = ceilings()
+        about = facts(options.commit) | {"matmul_tflops": f"{matmul:.0f}", "copy_tb_s": f"{copy:.2f}"}
+        print(about, flush=True)
+    for n in options.lengths:
+        q, k, v = draw(n)
+        lists = block_lists(PATTERN, n, n, device="cuda")
+        poisoned()
+        check_large(log, n, q, k, v, lists)
+        unpoisoned()
+        if options.check_only:
+            continue
+        touched = 4.0 * DIM * 128 * 128 * lists.touched * HEADS
+        whole = 4.0 * DIM * n * (n + 1) / 2 * HEADS
+        runs: dict[str, tuple[float, Callable[[], object]]] = {}
+        for name, run in ours().items():
+            runs[name] = (touched, lambda run=run: run(q, k, v, lists, DIM**-0.5))
+        flex = flex_power(n, None)
+        runs["flex power"] = (touched, lambda flex=flex: flex(q, k, v))
+        if options.autotune:
+            tuned = flex_power(n, "max-autotune-no-cudagraphs")
+            runs["flex power autotuned"] = (touched, lambda tuned=tuned: tuned(q, k, v))
+        runs["hopper again"] = (touched, lambda: ours()["hopper"](q, k, v, lists, DIM**-0.5))
+        if not options.no_dense:
+            for name, backend in (("dense cudnn", SDPBackend.CUDNN_ATTENTION), ("dense flash", SDPBackend.FLASH_ATTENTION)):
+                runs[name] = (whole, lambda backend=backend: dense(backend)(q, k, v))
+        expected = ours()["portable 128x64 w4 s3"](q, k, v, lists, DIM**-0.5)[0]
+        difference = cases.relative_error(flex(q, k, v), expected)
+        if not difference < 1e-2:
+            log.append(f"flex power {n} differs from ours by {difference:.2e}")
+        for name, (flops, call) in runs.items():
+            median, low, high, peak = measure(call, 400 if n > 2**16 else 200)
+            floor = flops / matmul / 1e9
+            rows.append(Row(name, n, median, low, high, flops / median / 1e9, floor, peak, facts=about))
+            print(f"{n:7d}  {name:24s} {median:8.3f} ms  {rows[-1].tflops_touched:5.0f} TFLOP/s", flush=True)
+        torch._dynamo.reset()
+    report(rows, log, options.out)
+    return 1 if log else 0
+
+
+def report(rows: list[Row], log: list[str], out: Path) -> None:
+    """Writes the rows and prints ratios, unless a check failed."""
+    for row in rows if not log else ():
+        for name in ("flex power",):
+            base = [r for r in rows if r.what == name and r.tokens == row.tokens]
+            if base and not math.isnan(row.median_ms):
+                row.baseline, row.times_baseline = name, base[0].median_ms / row.median_ms
+    out.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    if log:
+        print("checks failed, so no speed-up is printed:", *log[:20], sep="\n  ")
+        return
+    for row in rows:
+        times = f"{row.times_baseline:5.2f} x flex" if row.times_baseline else ""
+        print(f"{row.tokens:7d}  {row.what:24s} {row.median_ms:8.3f} ms ({row.p20_ms:.3f} to {row.p80_ms:.3f})  "
+              f"floor {row.floor_ms:7.3f}  {row.tflops_touched:5.0f} TFLOP/s  {times}")  # fmt: skip
+    print(f"all checks passed; written to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
