@@ -35,7 +35,12 @@ class Case:
     @property
     def name(self) -> str:
         """Shape and kind in one word, for test ids and benchmark rows."""
-        kinds = ("causal" if self.causal else "full", "perhead" * self.per_head, "table" * self.table, "spans" * self.spans)
+        kinds = (
+            "causal" if self.causal else "full",
+            "perhead" * self.per_head,
+            "table" * self.table,
+            "spans" * self.spans,
+        )
         shape = f"B{self.batch}-H{self.heads}-G{self.kv_heads}-S{self.queries}-T{self.keys}-D{self.dim}"
         return "-".join((shape, *(kind for kind in kinds if kind), f"{self.block_q}x{self.block_k}"))
 

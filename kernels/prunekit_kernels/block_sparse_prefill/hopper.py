@@ -265,7 +265,11 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_queries", "n_keys", "q_offset", "n_tiles", "n_rows", "max_count"])
+@gluon.jit(
+    do_not_specialize=[
+        "stride_head", "max_count", "n_tiles", "n_rows", "heads", "group", "n_kv_heads", "n_queries", "n_keys", "q_offset",
+    ]
+)  # fmt: skip
 def block_sparse_prefill_hopper(
     q_desc, k_desc, v_desc, o_desc, lse, counts, partials, indices, stride_head, max_count,
     n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2,

@@ -25,9 +25,13 @@ def _descriptor(tensor: Tensor, rows: int, layout: gl.NVMMASharedLayout) -> Tens
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
-    q_offset: int, causal: bool, scale: float, pingpong: bool = False,
+    q_offset: int, causal: bool, scale: float, pingpong: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Runs the kernel; arguments and result as in `block_sparse_prefill`, every row listing at least one block."""
+    """Runs the kernel; arguments and result as in `block_sparse_prefill`, every row listing at least one block.
+
+    Args:
+        pingpong: whether the two warpgroups take turns at starting matrix work, which was 1 to 2 % faster on an H200.
+    """
     batch, heads, n_queries, dim = q.shape
     n_kv_heads = k.shape[1]
     rows = counts.shape[1]

@@ -69,7 +69,8 @@ def _accumulate(
     return acc, m_new, l
 
 
-@triton.jit
+# Without this the compiler builds one kernel for each divisibility of each length.
+@triton.jit(do_not_specialize=["stride_list", "width", "mask_width", "n_queries", "n_keys", "q_offset"])
 def _prefill(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, counts, partials, indices, mask_ids, masks, starts, ends,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
