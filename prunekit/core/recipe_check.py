@@ -1,0 +1,155 @@
+"""Checks that need more than one key of a recipe: combinations, methods and their knobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from prunekit.core.errors import PrunekitError
+from prunekit.core.recipe_fields import knob_problems
+from prunekit.core.recipe_model import EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Kind
+from prunekit.core.recipe_problems import Problem, near
+from prunekit.core.yaml_lines import KeyPath
+
+KINDS = get_args(Kind)
+_NO_KV = ("ffn", "neurons", "query_heads")
+
+
+def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
+    """Keys that contradict each other, methods that do not exist or cannot do what they are asked for.
+
+    Works on the recipe as read, so that a wrong type in one place hides nothing in another.
+    """
+    problems: list[Problem] = []
+    steps = data.get("steps")
+    for index, step in enumerate(steps if isinstance(steps, list) else []):
+        if isinstance(step, Mapping) and "rewire" not in step:
+            path: KeyPath = ("steps", index)
+            problems += _budget(step, path)
+            problems += _method(step, path)
+    problems += _export(data)
+    problems += _expect(data)
+    return problems
+
+
+def _budget(step: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
+    raw = step.get("budget")
+    if not isinstance(raw, Mapping):
+        return
+    here = (*path, "budget")
+    kind, remove, units, of = step.get("remove"), raw.get("remove"), raw.get("units"), raw.get("of", "units")
+    if remove is None and units is None:
+        hint = "give `remove`, a fraction such as 0.2, or `units`, a count"
+        yield Problem("the budget does not say how much goes", here, hint=hint)
+    elif remove is not None and units is not None:
+        hint = "keep one of them; `units: null` takes the other away"
+        yield Problem("`remove` and `units` are both given", (*here, "units"), hint=hint)
+    if units is not None and of != "units" and isinstance(of, str):
+        hint = f"leave `of` out, or give `remove`, a fraction of {of}"
+        yield Problem(f"`units: {units}` with `of: {of}` mixes two measures", (*here, "of"), hint=hint)
+    if kind in KINDS and kind not in WIDTH_KINDS and raw.get("multiple_of", 1) not in (1, None):
+        why = "multiples are for widths; these go whole"
+        yield Problem(
+            f"`multiple_of` does not go with `remove: {kind}`", (*here, "multiple_of"), why=why, hint="take it out"
+        )
+    if of == "kv_bytes" and kind in _NO_KV:
+        why = f"removing {kind} changes no byte of the KV cache"
+        yield Problem(f"`of: kv_bytes` does not go with `remove: {kind}`", (*here, "of"), why=why, hint="use params")
+    if isinstance(step.get("by"), Mapping):
+        yield from _currency(step, raw, here)
+
+
+def _currency(step: Mapping[str, Any], raw: Mapping[str, Any], here: KeyPath) -> Iterator[Problem]:
+    """Budgets that only a search, or only a score, can keep."""
+    scored = "score" in step["by"]
+    if raw.get("of") == "latency_ms" and (scored or step.get("remove") in WIDTH_KINDS):
+        why = "only a search over whole blocks and sub-layers measures time"
+        yield Problem("`of: latency_ms` is not possible here", (*here, "of"), why=why, hint="use flops or params")
+    if not scored and raw.get("within") in ("group", "kind"):
+        why = "a search orders the units of the whole model"
+        hint = "take it out, or use a score"
+        yield Problem(f"`within: {raw['within']}` does not go with a search", (*here, "within"), why=why, hint=hint)
+
+
+def _method(step: Mapping[str, Any], path: KeyPath) -> list[Problem]:
+    by = step.get("by")
+    if not isinstance(by, Mapping):
+        return []
+    here = (*path, "by")
+    given = [role for role in REGISTRIES if by.get(role) is not None]
+    if len(given) != 1:
+        what = "`score` and `search` are both given" if given else "`by` names no method"
+        return [Problem(what, here, hint="give `score: NAME` or `search: NAME`; `prunekit methods list` shows them")]
+    role, name = given[0], by[given[0]]
+    if not isinstance(name, str):
+        return []
+    if name not in REGISTRIES[role].names():
+        return [Problem(f"no {role} named `{name}`", (*here, role), hint=_which(role, name))]
+    try:
+        cls = REGISTRIES[role].get(name)
+    except PrunekitError as error:
+        return [Problem(error.what, (*here, role), why=error.why, hint=error.hint)]
+    problems = _kinds(cls, name, step.get("remove"), path)
+    return problems + knob_problems(cls, {k: v for k, v in by.items() if k not in REGISTRIES}, here)
+
+
+def _which(role: str, name: str) -> str:
+    for other, registry in REGISTRIES.items():
+        if other != role and name in registry.names():
+            return f"`{name}` is a {other}: write `{other}: {name}`"
+    names = REGISTRIES[role].names()
+    return near(name, names) or f"there are: {', '.join(names)}"
+
+
+def _kinds(cls: type, name: str, kind: Any, path: KeyPath) -> list[Problem]:
+    kinds = tuple(getattr(cls, "kinds", KINDS))
+    if kind not in KINDS or kind in kinds:
+        return []
+    others = [f"`{n}`" for r in REGISTRIES.values() for n in r.names() if kind in getattr(r.get(n), "kinds", ())]
+    return [
+        Problem(
+            f"`{name}` cannot choose {kind}",
+            (*path, "remove"),
+            why=f"it chooses {', '.join(kinds)}",
+            hint=f"for {kind}: {', '.join(others)}" if others else "no method chooses these yet",
+        )
+    ]
+
+
+def _export(data: Mapping[str, Any]) -> Iterator[Problem]:
+    formats = _inside(data, "export", "formats")
+    if not isinstance(formats, list):
+        return
+    if formats and "safetensors" not in formats:
+        why = "other formats are made from the safetensors checkpoint"
+        yield Problem("`formats` lacks safetensors", ("export", "formats"), why=why, hint="add safetensors")
+    twice = {f for f in formats if isinstance(f, str) and formats.count(f) > 1}
+    for name in sorted(twice):
+        yield Problem(f"`formats` names {name} twice", ("export", "formats"), hint="keep one of them")
+
+
+def _expect(data: Mapping[str, Any]) -> Iterator[Problem]:
+    expect = data.get("expect")
+    if not isinstance(expect, Mapping):
+        return
+    formats = _inside(data, "export", "formats")
+    for key, value in expect.items():
+        needs = EXPECTATIONS[key].needs if key in EXPECTATIONS else ""
+        if value is None or not needs:
+            continue
+        if needs == "export.formats":
+            if not isinstance(formats, list) or "onnx" not in formats:
+                hint = "add it: `export: {formats: [safetensors, onnx]}`"
+                yield Problem(f"`{key}` needs the format onnx", ("expect", key), hint=hint)
+        elif _inside(data, *needs.split(".")) is None:
+            why, hint = f"without `{needs}` nothing measures it", f"add `{needs.replace('.', ': {')}: ...}}`"
+            yield Problem(f"`{key}` needs `{needs}`", ("expect", key), why=why, hint=hint)
+    if expect.get("loads_stock") is True and _inside(data, "export", "layout") == "heterogeneous":
+        why = "a heterogeneous layout has classes of its own"
+        yield Problem("`loads_stock` contradicts `layout: heterogeneous`", ("expect", "loads_stock"), why=why)
+
+
+def _inside(data: Any, *path: str) -> Any:
+    for key in path:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data

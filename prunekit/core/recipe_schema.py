@@ -1,0 +1,45 @@
+"""JSON Schema of recipes with the knobs of every method, so that editors complete and check while typing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prunekit.core.method_card import card, method_names
+from prunekit.core.recipe_model import REGISTRIES, Recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe; `by` is one of the methods there are, each with its own knobs."""
+    from pydantic import TypeAdapter
+
+    schema = Recipe.model_json_schema(by_alias=True)
+    definitions = schema["$defs"]
+    definitions["Method"] = {
+        "description": definitions["Method"]["description"],
+        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names()],
+    }
+    for role, name in method_names():
+        knobs = TypeAdapter(REGISTRIES[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
+        for inner, definition in knobs.pop("$defs", {}).items():
+            definitions[f"{role}_{name}_{inner}"] = definition
+        definitions[f"{role}_{name}"] = _method(role, name, knobs)
+    for short in ("Perplexity", "Embedding"):
+        mapping = definitions[short]
+        definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "prunekit recipe"}
+
+
+def _method(role: str, name: str, knobs: dict[str, Any]) -> dict[str, Any]:
+    entry = card(role, name)
+    meanings = {knob.name: knob.meaning for knob in entry.knobs}
+    properties = {
+        key: {"description": meanings.get(key, ""), **value} for key, value in knobs.get("properties", {}).items()
+    }
+    return {
+        "type": "object",
+        "title": name,
+        "description": f"{entry.summary} Kinds: {', '.join(entry.kinds)}.",
+        "properties": {role: {"const": name}, **properties},
+        "required": [role, *knobs.get("required", [])],
+        "additionalProperties": False,
+    }

@@ -1,0 +1,73 @@
+"""The JSON Schema that editors use, and the cards it takes its words from."""
+
+from __future__ import annotations
+
+from prunekit.core.method_card import arguments, card, example_step, type_text
+from prunekit.core.recipe import json_schema, parse_recipe
+from prunekit.core.yaml_lines import read_yaml
+
+
+def test_schema_offers_each_method_with_its_own_knobs() -> None:
+    definitions = json_schema()["$defs"]
+    assert definitions["Method"]["oneOf"] == [{"$ref": "#/$defs/score_norm"}, {"$ref": "#/$defs/search_greedy"}]
+    greedy = definitions["search_greedy"]
+    assert greedy["properties"]["search"] == {"const": "greedy"}
+    assert greedy["properties"]["distance"]["enum"] == ["js", "kl"]
+    assert greedy["properties"]["distance"]["description"] == "how outputs are compared."
+    assert greedy["additionalProperties"] is False
+    assert greedy["required"] == ["search"]
+
+
+def test_schema_refers_only_to_what_it_defines() -> None:
+    schema = json_schema()
+
+    def references(node):
+        if isinstance(node, dict):
+            if "$ref" in node:
+                yield node["$ref"]
+            for value in node.values():
+                yield from references(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from references(value)
+
+    found = set(references(schema))
+    assert found
+    assert found <= {f"#/$defs/{name}" for name in schema["$defs"]}
+
+
+def test_schema_takes_the_short_form_of_evaluations() -> None:
+    assert {"type": "string"} in json_schema()["$defs"]["Perplexity"]["anyOf"]
+
+
+def test_schema_calls_the_version_schema() -> None:
+    schema = json_schema()
+    assert schema["properties"]["schema"]["const"] == 1
+    assert set(schema["required"]) == {"schema", "model", "steps"}
+
+
+def test_card_reads_everything_from_the_class() -> None:
+    norm = card("score", "norm")
+    assert norm.summary == "Size of the weights."
+    assert norm.body == "A paragraph about it,\nover two lines."
+    assert (norm.status, norm.evidence, norm.deviations) == ("stable", "text: section 2", "sums in float32")
+    power, names = norm.knobs
+    assert (power.name, power.type, power.default) == ("power", "whole number | auto", "auto")
+    assert power.meaning == "which norm; `auto` takes the second."
+    assert (names.type, names.default) == ("list of text", "[weight]")
+
+
+def test_example_step_is_a_sound_step() -> None:
+    step = read_yaml(example_step(card("score", "norm"))).data["steps"]
+    recipe = parse_recipe({"schema": 1, "model": {"source": "m"}, "steps": step})
+    assert recipe.steps[0].by.knobs == {"power": 1}
+
+
+def test_arguments_stop_at_the_next_section() -> None:
+    text = "Does it.\n\nArgs:\n    a: first,\n        continued.\n    b (int): second.\n\nReturns:\n    c: not one.\n"
+    assert arguments(text) == {"a": "first, continued.", "b": "second."}
+
+
+def test_types_read_like_words() -> None:
+    assert type_text(int | None) == "whole number | null"
+    assert type_text(tuple[float, ...]) == "list of number"
