@@ -60,7 +60,7 @@ def sample_inputs(model: PreTrainedModel, batch: int, length: int, pad: int = 0,
         mask[0, slice(0, pad) if is_decoder(model) else slice(length - pad, length)] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     takes = inspect.signature(model.forward).parameters
-    if "token_type_ids" in takes and getattr(model.config, "type_vocab_size", 0):
+    if "token_type_ids" in takes and getattr(model.config, "type_vocab_size", None):
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
 

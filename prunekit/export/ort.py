@@ -135,12 +135,13 @@ class OrtDecoder:
             int64 [batch, at most new_tokens], without the prompt.
         """
         cache = self.empty_cache(len(input_ids))
-        mask, ids, made = attention_mask, input_ids, []
+        mask, ids = attention_mask, input_ids
+        made: list[np.ndarray] = []
         done = np.zeros(len(input_ids), dtype=bool)
         for _ in range(new_tokens):
-            best = self.step(ids, mask, cache)[:, -1].argmax(-1)
+            best = np.asarray(self.step(ids, mask, cache)[:, -1].argmax(-1))
             best = np.where(done, made[-1][:, 0] if made else best, best)
-            made.append(best[:, None])
+            made.append(best.reshape(-1, 1))
             done |= np.isin(best, list(stop))
             if done.all():
                 break
@@ -267,21 +268,18 @@ def compare_loaded(
         stop: end-of-text ids.
     """
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    decoder = is_decoder(model)
-    steps, tokens = (
-        _torch_greedy(model, inputs, new_tokens, stop) if decoder else ([_torch_output(model, inputs)], None)
-    )
-    expected = steps[0]
-    same, gap, n_tokens = None, 0.0, 0
-    if decoder:
+    same: bool | None = None
+    gap, n_tokens = 0.0, 0
+    if is_decoder(model):
+        steps, tokens = _torch_greedy(model, inputs, new_tokens, stop)
+        expected, n_tokens = steps[0], int(tokens.size)
         runner = OrtDecoder(onnx_folder)
         session = runner.session
         ids, mask = arrays["input_ids"], arrays["attention_mask"]
         found = runner.step(ids, mask, runner.empty_cache(len(ids)))
-        made = runner.generate(ids, mask, new_tokens, stop)
-        same, gap = _same_tokens(tokens, made, steps)
-        n_tokens = int(tokens.size)
+        same, gap = _same_tokens(tokens, runner.generate(ids, mask, new_tokens, stop), steps)
     else:
+        expected = _torch_output(model, inputs)
         session = open_session(onnx_folder)
         found = run_encoder(session, arrays)
     if found.shape != expected.shape:
@@ -316,7 +314,8 @@ def _torch_greedy(
     from transformers import DynamicCache
 
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    cache, steps, made = DynamicCache(), [], []
+    cache, steps = DynamicCache(), []
+    made: list[torch.Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool)
     for _ in range(new_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

@@ -275,7 +275,7 @@ def _ask(
             command, env=environment, cwd=place, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"the process took more than {timeout_s:.0f} seconds"}
+        return {"error": f"the process took more than {timeout_s:g} seconds"}
     result = Path(request["result"])
     if done.returncode or not result.is_file():
         said = done.stderr.decode(errors="replace").strip().splitlines()

@@ -49,11 +49,15 @@ def test_quiet_holds_back_everything_and_restores_it(capsys: pytest.CaptureFixtu
     from transformers.utils import logging as hf_logging
 
     before = logging.root.manager.disable, hf_logging.is_progress_bar_enabled()
-    with pytest.raises(KeyError), _trace._quiet():
+
+    def chatter() -> None:
         print("[torch.onnx] chatter")
         warnings.warn("chatter", stacklevel=1)
         logging.getLogger("torch.onnx").warning("chatter")
         raise KeyError("x")
+
+    with pytest.raises(KeyError), _trace._quiet():
+        chatter()
     said = capsys.readouterr()
     assert "chatter" not in said.out + said.err
     assert (logging.root.manager.disable, hf_logging.is_progress_bar_enabled()) == before
