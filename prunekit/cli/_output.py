@@ -63,7 +63,7 @@ class Output:
         if self.json:
             sys.stdout.write(json_module.dumps(finite(data), indent=2, ensure_ascii=False) + "\n")
         else:
-            console(sys.stdout).print(renderable)
+            _print(renderable)
         sys.stdout.flush()
 
     def written(self, path: Path) -> None:
@@ -75,6 +75,17 @@ class Output:
         if self._errors is None:
             self._errors = console(sys.stderr)
         return self._errors
+
+
+def _print(renderable: RenderableType) -> None:
+    screen = console(sys.stdout)
+    if screen.is_terminal:
+        screen.print(renderable)
+        return
+    # Tables fill their last column with blanks, which nobody wants in a file.
+    with screen.capture() as captured:
+        screen.print(renderable)
+    sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines())
 
 
 def console(stream: TextIO) -> Console:

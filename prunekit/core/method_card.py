@@ -109,9 +109,10 @@ def _section(text: str, name: str) -> str:
 
 
 def _body(text: str) -> str:
-    """Paragraphs between the summary and the first section."""
+    """Paragraphs between the summary and the first section, each on one line; lists keep theirs."""
     match = re.search(rf"^(?:{'|'.join(_HEADS)}):", text, flags=re.MULTILINE)
-    return (text[: match.start()] if match else text).strip()
+    body = (text[: match.start()] if match else text).strip("\n")
+    return re.sub(r"(?<=\S)\n(?=[^\s\-*|])", " ", body).strip()
 
 
 def _text(value: Any) -> str:

@@ -56,6 +56,16 @@ def test_tables_in_a_pipe_keep_their_columns(capsys, monkeypatch) -> None:
     assert "x" * 95 in capsys.readouterr().out
 
 
+def test_lines_in_a_pipe_have_no_blanks_at_their_end(capsys) -> None:
+    table = Table("a", "b", box=None)
+    table.add_row("x", "short")
+    table.add_row("x", "a longer one")
+    Output().result(table, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line == line.rstrip() for line in lines)
+
+
 def test_finite_keeps_what_json_can_say() -> None:
     assert finite({1: [True, None, 2.5, "x"]}) == {"1": [True, None, 2.5, "x"]}
 

@@ -49,7 +49,7 @@ def test_schema_calls_the_version_schema() -> None:
 def test_card_reads_everything_from_the_class() -> None:
     norm = card("score", "norm")
     assert norm.summary == "Size of the weights."
-    assert norm.body == "A paragraph about it,\nover two lines."
+    assert norm.body == "A paragraph about it, over two lines."
     assert (norm.status, norm.evidence, norm.deviations) == ("stable", "text: section 2", "sums in float32")
     power, names = norm.knobs
     assert (power.name, power.type, power.default) == ("power", "whole number | auto", "auto")
