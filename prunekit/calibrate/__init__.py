@@ -1,0 +1,1 @@
+"""Text to run a model on, and what is measured inside the model while it runs."""
