@@ -1,0 +1,58 @@
+"""How scores read weights: by name, and in pieces where a tensor may be large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunekit.checkpoint.reader import Checkpoint
+    from prunekit.structure.view import TensorRef
+
+# Reads a tensor by its name. What also has `rows(name, first, end)` is read in pieces.
+Weights = Callable[[str], "Tensor"]
+
+# Large enough that reading stays sequential, small enough that a few threads hold little.
+PIECE_BYTES = 8 * 2**20
+
+
+class CheckpointWeights:
+    """Weights straight from a checkpoint's files; no model is built.
+
+    Args:
+        checkpoint: an open checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __call__(self, name: str) -> Tensor:
+        return self._checkpoint.read(name)
+
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """Rows `first` to `end` (not included) of a tensor."""
+        return self._checkpoint.read_rows(name, first, end)
+
+
+def matrices(refs: Iterable[TensorRef]) -> tuple[TensorRef, ...]:
+    """The tensors of rank 2: projection weights, without biases and norms."""
+    return tuple(ref for ref in refs if len(ref.shape) == 2)
+
+
+def pieces(weights: Weights, ref: TensorRef, piece_bytes: int = PIECE_BYTES) -> Iterator[Callable[[], Tensor]]:
+    """Readers of consecutive row ranges that cover a tensor, each of about `piece_bytes` and at least one row.
+
+    Weights without `rows` give one reader, of the whole tensor.
+    """
+    rows: Any = getattr(weights, "rows", None)
+    if rows is None:
+        yield partial(weights, ref.name)
+        return
+    # Four bytes a value is right for float32 and at most twice too much for the 16-bit types.
+    step = max(1, piece_bytes // max(1, 4 * math.prod(ref.shape[1:])))
+    for first in range(0, ref.shape[0], step):
+        yield partial(rows, ref.name, first, min(first + step, ref.shape[0]))
