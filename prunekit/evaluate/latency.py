@@ -1,0 +1,130 @@
+"""Speed: tokens a second while a model reads its prompt and while it writes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.core.progress import NULL_PROGRESS, Progress
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """Speed of a model; every figure is the median of the repeats.
+
+    Args:
+        prefill_tokens_s: prompt tokens read a second, all sequences together.
+        decode_tokens_s: tokens written a second, all sequences together, after the prompt; None for encoders.
+        prefill_ms: reading the whole prompt, or one forward pass of an encoder.
+        decode_ms: one step of writing, a token in each sequence; None for encoders.
+        batch: sequences.
+        prompt_tokens: tokens read in each sequence.
+        new_tokens: tokens written in each sequence; 0 for encoders.
+        repeats: measurements.
+        device: where it ran.
+        dtype: type of the weights.
+        threads: torch's threads on the CPU.
+    """
+
+    prefill_tokens_s: float
+    decode_tokens_s: float | None
+    prefill_ms: float
+    decode_ms: float | None
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    device: str
+    dtype: str
+    threads: int
+
+
+def measure_latency(
+    model: Any,
+    batch: int = 1,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    progress: Progress = NULL_PROGRESS,
+) -> LatencyResult:
+    """Reads random tokens and writes greedily with a KV cache; one run that does not count comes first.
+
+    Args:
+        model: in eval mode. One without a language-model head only reads; a vision model reads random images, each of
+            which counts as the patches it makes.
+        batch: sequences at once.
+        prompt_tokens: tokens read in each sequence; not used for vision models.
+        new_tokens: tokens written in each sequence.
+        repeats: measurements, at least 1.
+        progress: shown as repeats.
+    """
+    inputs, read = _inputs(model, batch, prompt_tokens)
+    writes = "input_ids" in inputs and model.can_generate()
+    wait = _synchronizer(model.device)
+    prefill_s, decode_s = [], []
+    with torch.no_grad(), progress.task("latency", total=repeats + 1, unit="repeats") as task:
+        for repeat in range(repeats + 1):
+            wait()
+            start = time.perf_counter()
+            output = model(**inputs, use_cache=True, logits_to_keep=1) if writes else model(**inputs)
+            wait()
+            read_s = time.perf_counter() - start
+            step_s = _decode(model, output, new_tokens, wait) if writes else 0.0
+            if repeat:
+                prefill_s.append(read_s)
+                decode_s.append(step_s)
+            task.advance(1)
+    prefill, decode = statistics.median(prefill_s), statistics.median(decode_s)
+    return LatencyResult(
+        prefill_tokens_s=batch * read / prefill,
+        decode_tokens_s=batch / decode if writes else None,
+        prefill_ms=1e3 * prefill,
+        decode_ms=1e3 * decode if writes else None,
+        batch=batch,
+        prompt_tokens=read,
+        new_tokens=new_tokens if writes else 0,
+        repeats=repeats,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _decode(model: Any, output: Any, new_tokens: int, wait: Callable[[], None]) -> float:
+    """Seconds of one step, as the mean over `new_tokens` steps."""
+    cache = output.past_key_values
+    token = output.logits[:, -1:].argmax(dim=-1)
+    wait()
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        token = output.logits[:, -1:].argmax(dim=-1)
+    wait()
+    return (time.perf_counter() - start) / new_tokens
+
+
+def _inputs(model: Any, batch: int, prompt_tokens: int) -> tuple[dict[str, Tensor], int]:
+    """Random inputs, and the tokens that each sequence stands for."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+        pixels = torch.randn(batch, config.num_channels, size, size, generator=generator)
+        return {"pixel_values": pixels.to(model.device, model.dtype)}, (size // patch) ** 2
+    ids = torch.randint(0, config.vocab_size, (batch, prompt_tokens), generator=generator)
+    return {"input_ids": ids.to(model.device)}, prompt_tokens
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    """A function that returns when all work on the device is done."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    if device.type == "mps":
+        return torch.mps.synchronize
+    return lambda: None
