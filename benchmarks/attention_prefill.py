@@ -21,8 +21,6 @@ from pathlib import Path
 
 import torch
 import triton
-from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, cases, hopper_launch, portable
-from prunekit_kernels.block_sparse_prefill.reference import masked_attention, reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -30,6 +28,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prunekit.runtime.attention.patterns._engine import block_lists
 from prunekit.runtime.attention.patterns.power import Power
+from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, cases, hopper_launch, portable
+from prunekit_kernels.block_sparse_prefill.reference import masked_attention, reference
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 PATTERN = Power(block_tokens=128, window_blocks=8, sink_blocks=1)
@@ -210,7 +210,7 @@ def flash4_power(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> Callable
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     @cute.jit
-    def causal(batch, head, q_at, k_at, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    def causal(batch, head, q_at, k_at, seqlen_info, aux_tensors):
         return q_at >= k_at
 
     counts, partials = lists.counts[None], lists.partials[None]

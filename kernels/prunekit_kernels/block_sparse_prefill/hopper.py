@@ -8,6 +8,7 @@ it does so across tiles: the first scores of the next tile run beside the last p
 Shapes: B batch, H query heads, G key-value heads, S queries, T keys, D head size.
 """
 
+# mypy: ignore-errors
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -94,10 +95,7 @@ def _mask(s, q_first, k_first, n_keys, CAUSAL: gl.constexpr, LAYOUT: gl.constexp
 def _softmax(s, m, scale_log2, MASKED: gl.constexpr):
     """New row maximum, factor for what was summed before, and exponentials of one block of scores (base two)."""
     m_new = gl.maximum(m, gl.max(s, axis=1) * scale_log2)
-    if MASKED:
-        safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-    else:
-        safe = m_new
+    safe = gl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
     alpha = gl.exp2(m - safe)
     p = gl.exp2(s * scale_log2 - gl.expand_dims(safe, 1))
     return m_new, alpha, p
@@ -124,7 +122,7 @@ def _hold(l):
 @gluon.jit
 def _packed(p, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     """Exponentials in the operand layout of the output product."""
-    if DTYPE == gl.bfloat16:
+    if gl.bfloat16 == DTYPE:
         p16 = gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.bfloat16, is_pure=True, pack=2
         )
@@ -140,7 +138,7 @@ def _issue(
     q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step,
     STAGES: gl.constexpr, PINGPONG: gl.constexpr, WHO: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Starts the scores of block `step` and the output product of block `step - 1`; returns when the scores are there."""
+    """Starts the scores of block `step` and the output product of block `step - 1`; returns with the scores."""
     slot = step % STAGES
     before = (step - 1) % STAGES
     mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
@@ -196,7 +194,7 @@ def _consume(
     n_mine = (n_tiles - first + gl.num_programs(0) - 1) // gl.num_programs(0)
     nothing = gl.full([64], float("-inf"), gl.float32, layout=ROW)
 
-    row, batch, head, kv_head = _tile(first, n_rows, group, n_kv_heads)
+    row, batch, head, _kv_head = _tile(first, n_rows, group, n_kv_heads)
     line = head * stride_head + row
     mbarrier.wait(q_full.index(WHO), 0)
     mbarrier.wait(k_full.index(0), 0)
@@ -209,7 +207,7 @@ def _consume(
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(0), count=1)
     s = _mask(s, q_offset + row * 128 + WHO * 64, gl.load(indices + line * max_count) * 128, n_keys, CAUSAL, S_LAYOUT)
-    m, alpha, p = _softmax(s, nothing, scale_log2, True)
+    m, _, p = _softmax(s, nothing, scale_log2, True)
     l = gl.sum(p, axis=1)
     p16 = _packed(p, v_smem.dtype, P_LAYOUT)
 
@@ -239,7 +237,7 @@ def _consume(
         row_out, batch_out, head_out = row, batch, head
         m_out, l_out = m, l
         t = first + gl.minimum(i + 1, n_mine - 1) * gl.num_programs(0)
-        row, batch, head, kv_head = _tile(t, n_rows, group, n_kv_heads)
+        row, batch, head, _kv_head = _tile(t, n_rows, group, n_kv_heads)
         line = head * stride_head + row
         k_first = gl.load(indices + line * max_count) * 128
         mbarrier.wait(q_full.index(WHO), (i + 1) & 1)
@@ -247,7 +245,7 @@ def _consume(
             q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step, STAGES, PINGPONG, WHO, S_LAYOUT
         )  # fmt: skip
         s = _mask(s, q_offset + row * 128 + WHO * 64, k_first, n_keys, CAUSAL, S_LAYOUT)
-        m, alpha, p = _softmax(s, nothing, scale_log2, True)
+        m, _, p = _softmax(s, nothing, scale_log2, True)
         l = _hold(gl.sum(p, axis=1))
         acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
         mbarrier.arrive(v_empty.index((step - 1) % STAGES), count=1)
@@ -267,7 +265,8 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_head", "max_count", "n_tiles", "n_rows", "heads", "group", "n_kv_heads", "n_queries", "n_keys", "q_offset",
+        "stride_head", "max_count", "n_tiles", "n_rows", "heads", "group", "n_kv_heads", "n_queries", "n_keys",
+        "q_offset",
     ]
 )  # fmt: skip
 def block_sparse_prefill_hopper(

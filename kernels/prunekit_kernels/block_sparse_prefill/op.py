@@ -31,8 +31,8 @@ def refusal(q: Tensor, k: Tensor) -> str:
         return f"the tensors are on `{q.device.type}`, the kernels need a CUDA device"
     if not _has_triton():
         return "triton is not installed"
-    if q.dtype not in (*HALF, torch.float32):
-        return f"dtype {q.dtype} is not one of bfloat16, float16, float32"
+    if q.dtype not in HALF:
+        return f"dtype {q.dtype} is not one of bfloat16, float16"
     if q.shape[-1] not in HEAD_SIZES:
         return f"head size {q.shape[-1]} is not one of {', '.join(map(str, HEAD_SIZES))}"
     if q.shape[1] % k.shape[1]:

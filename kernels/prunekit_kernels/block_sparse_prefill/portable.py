@@ -6,6 +6,7 @@ loads: tensor descriptors gave 0.8 to 1.0 of this speed on an H200 (128 by 128 t
 Shapes: B batch, H query heads, G key-value heads, S queries, T keys, D head size.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -54,10 +55,7 @@ def _accumulate(
     elif CHECK_KEYS:
         s = tl.where(inside[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-    if MASKED or CHECK_KEYS:
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    else:
-        safe = m_new
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED or CHECK_KEYS else m_new
     alpha = tl.exp2(m - safe)
     p = tl.exp2(s * scale_log2 - safe[:, None])
     l = l * alpha + tl.sum(p, 1)
@@ -109,7 +107,7 @@ def _prefill(
         acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_Q], tl.float32)
-        for j in range(0, partial):
+        for j in range(partial):
             block = tl.load(indices + line * width + j // SPLIT)
             inner = (j % SPLIT) * TILE + tl.arange(0, TILE)
             k_rows = block * BLOCK_K + inner
@@ -142,7 +140,7 @@ def _prefill(
 
 
 def default_tile(dim: int, block_k: int) -> Tile:
-    """Tile that was fastest on an H200 at head size 128 (see docs/results/attention.md)."""
+    """The tile that every case was checked with; 128 keys, 8 warps and 2 stages is 1.2 times faster where it fits."""
     return Tile(keys=min(64, block_k), warps=4, stages=3 if dim <= 128 else 2)
 
 
@@ -151,7 +149,7 @@ def launch(
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, scale: float, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Runs the kernel; arguments and result as in `block_sparse_prefill`, the last dimension of q, k and v contiguous."""
+    """Runs the kernel; arguments and result as in `block_sparse_prefill`, head dimensions contiguous."""
     batch, heads, n_queries, dim = q.shape
     spans = starts is not None and ends is not None
     tile = tile or default_tile(dim, block_k)

@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from prunekit_kernels.block_sparse_prefill import refusal
 from transformers import PreTrainedModel
 
 from prunekit.core.errors import RuntimePolicyError
 from prunekit.runtime.attention.interface import NAME, register
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.policy import policy
+from prunekit_kernels.block_sparse_prefill import refusal
 
 ABSENT = object()
 

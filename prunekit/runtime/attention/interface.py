@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,6 +21,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from prunekit.core.errors import RuntimePolicyError
 from prunekit.runtime.attention.patterns._engine import Pattern, block_lists
 from prunekit.runtime.attention.policy import policy_of
+from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill
 
 NAME = "prunekit"
 
@@ -110,11 +110,10 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     _check(pattern, causal, dropout)
-    padded = attention_mask is not None
-    if not padded and n_queries > 1:
+    if attention_mask is None and n_queries > 1:
         lists = _lists(pattern, n_queries, n_keys, str(query.device))
         out, _ = block_sparse_prefill(query, key, value, lists, scale=scaling)
-    elif padded and attention_mask.dim() == 2 and n_queries == n_keys:
+    elif attention_mask is not None and attention_mask.dim() == 2 and n_queries == n_keys:
         lists = _lists(pattern, n_queries, n_keys, str(query.device))
         starts, ends = _spans(attention_mask)
         out, _ = block_sparse_prefill(query, key, value, lists, scale=scaling, starts=starts, ends=ends)

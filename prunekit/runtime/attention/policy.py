@@ -91,7 +91,7 @@ def _parsed(text: str) -> Policy:
     return policy(json.loads(text))
 
 
-def policy_of(config: Any) -> Policy:  # noqa: ANN401
+def policy_of(config: Any) -> Policy:
     """The policy of a model's config.
 
     Raises:

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
 import torch
+from torch import Tensor
+
 from prunekit_kernels.block_sparse_prefill import BlockLists
 from prunekit_kernels.block_sparse_prefill.lists import pack_bits
-from torch import Tensor
 
 CHUNK_BLOCKS = 256
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -21,7 +22,13 @@ class Pattern(Protocol):
     """A static pattern: which keys a query may read, from the two positions alone."""
 
     paper: ClassVar[tuple[str, str]]
-    causal: bool
+
+    @property
+    def causal(self) -> bool:
+        """Whether keys after the query are hidden."""
+        ...
+
+    def __hash__(self) -> int: ...
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         """True where the query at position `q` reads the key at position `k`; integer tensors that broadcast."""
