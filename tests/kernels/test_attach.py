@@ -1,0 +1,187 @@
+"""Sparse attention inside a transformers model: equal to the dense-masked run, and gone without a trace."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from prunekit.core.errors import RuntimePolicyError
+from prunekit.runtime import attach, register
+from prunekit.runtime.attention.patterns._engine import dense_mask
+from prunekit.runtime.attention.patterns.dense import Dense
+from prunekit.runtime.attention.patterns.power import Power
+from prunekit.runtime.attention.patterns.sink_window import SinkWindow
+
+PATTERNS = (Power(8, 2), SinkWindow(3, 12))
+SIZES = {
+    "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:sparse attention runs in plain torch")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(1, 100, (2, 70), generator=torch.Generator().manual_seed(1))
+
+
+def masked(model, ids, pattern):
+    """What the stock model says under the pattern as a dense mask."""
+    n = ids.shape[1]
+    return model(ids, attention_mask=dense_mask(pattern, n, n)[None, None].expand(len(ids), 1, n, n)).logits
+
+
+def test_a_dense_pattern_equals_the_stock_model(model, ids):
+    expected = model(ids).logits
+    with attach(model, "dense"):
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_pattern_equals_the_masked_model_and_not_the_dense_one(model, ids, pattern):
+    expected = masked(model, ids, pattern)
+    with attach(model, pattern):
+        got = model(ids).logits
+    torch.testing.assert_close(got, expected)
+    assert (got - model(ids).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_steps_over_a_cache_equal_one_pass(model, ids, pattern):
+    expected = masked(model, ids, pattern)
+    with attach(model, pattern):
+        out = model(ids[:, :40], use_cache=True)
+        parts = [out.logits]
+        for first, last in ((40, 60), *((t, t + 1) for t in range(60, 70))):
+            out = model(ids[:, first:last], past_key_values=out.past_key_values, use_cache=True)
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_padding_changes_nothing(model, ids, pattern, left):
+    expected = masked(model, ids, pattern)
+    pads = torch.zeros(2, 9, dtype=torch.long)
+    ones = torch.ones_like(ids)
+    wide, mask = (torch.cat(pair if left else pair[::-1], 1) for pair in ((pads, ids), (pads, ones)))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with attach(model, pattern):
+        got = model(wide, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(got[:, 9:] if left else got[:, :70], expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_generation_from_a_left_padded_batch_equals_each_prompt_alone(model, ids, pattern):
+    short = ids[:1, :50]
+    with attach(model, pattern):
+        alone = model.generate(short, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, -8:]
+        batch = torch.stack([torch.cat([torch.zeros(20, dtype=torch.long), short[0]]), ids[1]])
+        mask = torch.ones_like(batch)
+        mask[0, :20] = 0
+        both = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert both[0, -8:].tolist() == alone.tolist()
+
+
+def test_chosen_layers_are_sparse_and_the_others_dense(model, ids):
+    dense, sparse = model(ids).logits, masked(model, ids, Power(8, 2))
+    with attach(model, Power(8, 2), layers=[1]):
+        got = model(ids).logits
+    with attach(model, Power(8, 2), layers=[]):
+        torch.testing.assert_close(model(ids).logits, dense)
+    assert (got - dense).abs().max() > 1e-3
+    assert (got - sparse).abs().max() > 1e-3
+
+
+def test_everything_is_put_back(model, ids):
+    before, implementation = model.config.to_dict(), model.config._attn_implementation
+    expected = model(ids).logits
+
+    def fails():
+        with attach(model, "power") as same:
+            assert same is model
+            assert model.config._attn_implementation == "prunekit"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert model.config.to_dict() == before
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_detach_keeps_what_else_the_config_says(model):
+    model.config.prunekit = {"schema": 1, "runtime": {"other": 2}}
+    attachment = attach(model, "power")
+    assert model.config.prunekit["schema"] == 1
+    assert model.config.prunekit["runtime"]["attention"]["pattern"] == "power"
+    attachment.detach()
+    attachment.detach()
+    assert model.config.prunekit == {"schema": 1, "runtime": {"other": 2}}
+    del model.config.prunekit
+
+
+def test_a_saved_config_turns_the_pattern_on(model, ids, tmp_path):
+    expected = masked(model, ids, Power(8, 2))
+    with attach(model, Power(8, 2)):
+        model.save_pretrained(tmp_path)
+    register()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="prunekit").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, expected)
+
+
+def test_a_sliding_window_model_honours_both_masks(ids):
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=10)).eval()
+    near = SinkWindow(0, 10)
+    with torch.no_grad(), attach(model, SinkWindow(3, 30)):
+        got = model(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(got, masked(model, ids, near))
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        with attach(model, near), pytest.raises(RuntimePolicyError, match="padded on the left"):
+            model(ids, attention_mask=mask)
+
+
+def test_an_encoder_takes_a_two_sided_pattern_only(ids):
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SIZES)).eval().requires_grad_(False)
+    two_sided = SinkWindow(2, 8, causal=False)
+    mask = dense_mask(two_sided, 70, 70)[None, None].expand(2, 1, 70, 70)
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    with attach(model, two_sided):
+        torch.testing.assert_close(model(ids).last_hidden_state, expected)
+    with (
+        attach(model, Dense(causal=True)),
+        pytest.raises(RuntimePolicyError, match="a causal pattern on a bidirectional"),
+    ):
+        model(ids)
+
+
+def test_the_slow_path_is_said_once_and_refused_when_strict(model, ids):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with attach(model, "power"):
+            model(ids)
+            model(ids)
+    assert len([w for w in said if "plain torch" in str(w.message)]) == 1
+    with pytest.raises(RuntimePolicyError, match="no kernel"):
+        attach(model, "power", strict=True)
+    assert model.config._attn_implementation != "prunekit"

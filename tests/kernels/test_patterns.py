@@ -1,0 +1,104 @@
+"""Static patterns: block lists, dense mask and density all say the same."""
+
+import pytest
+import torch
+
+from prunekit.core.errors import RuntimePolicyError, UsageError
+from prunekit.runtime.attention.patterns._engine import block_lists, dense_mask, density
+from prunekit.runtime.attention.patterns.dense import Dense
+from prunekit.runtime.attention.patterns.dilated import Dilated
+from prunekit.runtime.attention.patterns.power import Power
+from prunekit.runtime.attention.patterns.sink_window import SinkWindow
+from prunekit.runtime.attention.policy import names, pattern_class, policy, policy_of
+
+PATTERNS = (
+    Dense(), Dense(causal=False), Power(16, 2), Power(20, 3, 0), Power(1, 1), SinkWindow(3, 20), SinkWindow(40, 30),
+    SinkWindow(0, 7, causal=False), Dilated(8, 3), Dilated(5, 70), Dilated(5, 70, causal=False),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 63, 100, 1000])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_block_lists_agree_with_the_rule(pattern, n):
+    for offset, block_q, block_k in ((0, 128, 128), (37, 64, 32), (0, 32, 64)):
+        lists = block_lists(pattern, n, n + offset, offset, block_q, block_k)
+        mask = dense_mask(pattern, n, n + offset, offset)
+        assert torch.equal(lists.dense()[0], mask)
+        assert lists.pairs == int(mask.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [Power(128, 8), SinkWindow(4, 1024), Dilated(256, 4)], ids=str)
+def test_block_lists_agree_with_the_rule_at_4097(pattern):
+    assert torch.equal(block_lists(pattern, 4097, 4097).dense()[0], dense_mask(pattern, 4097, 4097))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_no_future_key_and_every_query_sees_one(pattern):
+    mask = dense_mask(pattern, 300, 300)
+    assert mask.any(1).all()
+    if pattern.causal:
+        assert not mask.triu(1).any()
+    assert block_lists(pattern, 300, 300).shortest > 0
+
+
+def test_partial_blocks_come_first_and_are_never_full():
+    lists = block_lists(SinkWindow(5, 100), 400, 400, block_q=64, block_k=64)
+    mask = torch.nn.functional.pad(lists.dense()[0], (0, 48, 0, 48)).view(7, 64, 7, 64)
+    for row in range(7):
+        for slot, col in enumerate(lists.indices[0, row, : lists.counts[0, row]].tolist()):
+            cell = mask[row, : min(64, 400 - row * 64), col]
+            assert bool(cell.all()) == (slot >= lists.partials[0, row])
+            assert cell.any()
+
+
+def test_power_reads_the_blocks_it_names():
+    mask = dense_mask(Power(block_tokens=4, window_blocks=2, sink_blocks=1), 80, 80)
+    blocks = sorted({k // 4 for k in mask[79].nonzero().flatten().tolist()})
+    assert blocks == [0, 3, 11, 15, 17, 18, 19]
+
+
+def test_power_needs_no_mask_table_where_its_blocks_are_the_kernels():
+    assert block_lists(Power(128, 8), 1000, 1000).masks is None
+    assert block_lists(Power(96, 8), 1000, 1000).masks is not None
+
+
+def test_sink_window_reads_sinks_and_window():
+    mask = dense_mask(SinkWindow(sink_tokens=2, window_tokens=3), 10, 10)
+    assert mask[9].nonzero().flatten().tolist() == [0, 1, 7, 8, 9]
+
+
+def test_dilated_reads_every_third():
+    assert dense_mask(Dilated(3, 3), 10, 10)[9].nonzero().flatten().tolist() == [3, 6, 9]
+
+
+def test_distinct_masks_are_kept_once():
+    lists = block_lists(SinkWindow(4, 256), 4096, 4096)
+    assert lists.masks.shape[0] < 8 < int(lists.partials.sum())
+
+
+def test_density_counts_pairs():
+    assert density(Dense(), 100) == 1.0
+    assert density(SinkWindow(0, 1), 100) == pytest.approx(100 / 5050)
+
+
+def test_unknown_patterns_and_options_are_refused_by_name():
+    with pytest.raises(UsageError, match="no pattern named `powr`"):
+        policy("powr")
+    with pytest.raises(UsageError, match="`window` is no option of pattern `power`"):
+        policy({"pattern": "power", "window": 3})
+    with pytest.raises(UsageError, match="`window_blocks: 0`"):
+        policy({"pattern": "power", "window_blocks": 0})
+    with pytest.raises(RuntimePolicyError, match="no pattern in the config"):
+        policy_of(object())
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_pattern_carries_its_card_and_an_example(name):
+    known = pattern_class(name)
+    title, link = known.paper
+    assert title
+    assert link.startswith("https://")
+    assert known.status in ("preview", "stable")
+    made = policy({"pattern": name, **known.example})
+    assert policy(made.section()) == made
