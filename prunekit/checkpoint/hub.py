@@ -48,10 +48,10 @@ def _weights(folder: Path) -> list[str]:
 
 def _names(hub_id: str, commit: str) -> list[str]:
     """All files of a hub model, downloaded or not."""
-    from huggingface_hub import list_repo_files
+    from huggingface_hub import HfApi
 
     try:
-        return list_repo_files(hub_id, revision=commit)
+        return HfApi().list_repo_files(hub_id, revision=commit)
     except Exception as error:
         raise _refusal(hub_id, commit, error) from error
 

@@ -71,7 +71,7 @@ def _of_file(file: Path, cache: Path, progress: Progress) -> Path:
         return converted(file, cache, progress=progress)
     if file.suffix in pickles.SUFFIXES:
         raise pickles.refusal(file.name, at=str(file))
-    hint = "give the folder that holds it" if file.suffix in (".safetensors", ".json") else ""
+    hint = f"give its folder: {file.parent}" if file.suffix in (".safetensors", ".json") else ""
     raise CheckpointError(f"`{file}` is no model", why="a model is a Hugging Face folder or a GGUF file", hint=hint)
 
 
