@@ -45,8 +45,7 @@ def converted(file: Path, cache: Path, dtype: str = "float32", progress: Progres
     """
     if not is_gguf(file):
         raise CheckpointError(f"`{file}` is not a GGUF file", why="it does not begin with the bytes `GGUF`")
-    digest = sha256_file(file)
-    folder = cache / "gguf" / f"{file.stem}-{digest[:16]}-{dtype}-v{CONVERTER_VERSION}"
+    folder = cache / "gguf" / f"{sha256_file(file)[:24]}-{dtype}-v{CONVERTER_VERSION}"
     return cached(folder, lambda fresh: write_converted(file, fresh, dtype, progress))
 
 
