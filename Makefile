@@ -21,7 +21,7 @@ help: ## this list
 
 setup: $(READY) ## the environment alone
 
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install $(TORCH)
 	$(PIP) install -e '.[onnx,gguf,test]'
