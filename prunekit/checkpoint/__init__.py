@@ -1,0 +1,1 @@
+"""Checkpoints on disk: where they come from, reading them lazily, writing them in shards."""

@@ -1,0 +1,1 @@
+"""The `prunekit` command: one file a verb."""

@@ -1,0 +1,79 @@
+"""Seeded models of a few thousand weights, one a family, for unit tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD, VOCAB, BLOCKS = 32, 48, 4, 2, 8, 64, 4
+_LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+_ENCODER = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS,
+}
+# Family: configuration class, model class, arguments.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, "attention_bias": True}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**_LLAMA, "sliding_window": 6, "tie_word_embeddings": False}),
+    "qwen2": (
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": HEADS, "n_inner": FFN, "n_positions": 128},
+    ),
+    "bert": ("BertConfig", "BertModel", {**_ENCODER, "vocab_size": VOCAB, "max_position_embeddings": 128}),
+    "vit": (
+        "ViTConfig",
+        "ViTForImageClassification",
+        {**_ENCODER, "image_size": 16, "patch_size": 8, "num_labels": 5},
+    ),
+}
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+
+
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """Model of a family in eval mode; norms and biases are random too, so that a lost one shows."""
+    import transformers
+
+    config_name, model_name, arguments = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, config_name)(**{**arguments, **changes})
+    model = getattr(transformers, model_name)(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.dim() == 1 else 0.15
+            parameter.add_(scale * torch.randn(parameter.shape, dtype=dtype))
+    return model
+
+
+def write_tiny(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Folder of `tiny_model`; weights are stored as `dtype`."""
+    tiny_model(family, seed, dtype, **changes).save_pretrained(folder)
+    return folder
+
+
+def tiny_inputs(family: str, batch: int = 2, length: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Inputs of a family: token ids, or pixels as float64."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "vit":
+        return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator, dtype=torch.float64)}
+    return {"input_ids": torch.randint(3, VOCAB, (batch, length), generator=generator)}
