@@ -1,0 +1,345 @@
+"""A checkpoint seen as blocks, sub-layers and groups of units, from its headers alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from prunekit.checkpoint.reader import Checkpoint
+from prunekit.core.errors import StructureError
+from prunekit.structure.architecture import PREFIX, Architecture, Layout, architecture
+
+SublayerKind = Literal["attention", "ffn"]
+SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
+# Width kinds: the sub-layer they narrow, and the axis that is cut.
+WIDTHS: dict[str, tuple[SublayerKind, str]] = {
+    "query_heads": ("attention", "rep"),
+    "kv_groups": ("attention", "kv"),
+    "neurons": ("ffn", "ffn"),
+}
+# What a configuration of a heterogeneous folder calls a removed sub-layer.
+SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
+_PARTS = {"part": 3}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor on disk.
+
+    Args:
+        name: in the checkpoint.
+        dtype: code of the safetensors format.
+        shape: its dimensions.
+        layout: for each dimension the axes it factors into, outermost first: a query projection has
+            `(("kv", "rep", "hd"), ("hidden",))`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """The attention or the FFN of a block, with its norm.
+
+    Args:
+        address: `blocks.3.attention`.
+        kind: `attention` or `ffn`.
+        block: number of the block.
+        widths: attention: `kv` (KV groups), `rep` (query heads in each), `hd` (numbers a head); FFN: `ffn` (neurons).
+        tensors: all of them.
+    """
+
+    address: str
+    kind: SublayerKind
+    block: int
+    widths: dict[str, int]
+    tensors: tuple[TensorRef, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block; None stands for a sub-layer that was removed earlier."""
+
+    index: int
+    attention: SubLayer | None
+    ffn: SubLayer | None
+
+    @property
+    def sublayers(self) -> tuple[SubLayer, ...]:
+        """The sub-layers it has, in execution order."""
+        return tuple(sublayer for sublayer in (self.attention, self.ffn) if sublayer is not None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one kind in one place, which compete with each other.
+
+    Args:
+        kind: `blocks`, `sublayers`, `attention`, `ffn`, `query_heads`, `kv_groups` or `neurons`.
+        address: the kind, or for widths the sub-layer and the kind: `blocks.3.ffn.neurons`.
+        units: addresses of the units.
+        members: tensors of each unit; for widths one entry, the tensors that all units share.
+        axis: for widths the axis that a unit is one position of, else "".
+        sizes: for widths the size of every axis in the members' layouts.
+    """
+
+    kind: str
+    address: str
+    units: tuple[str, ...]
+    members: tuple[tuple[TensorRef, ...], ...]
+    axis: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A checkpoint's structure.
+
+    Args:
+        checkpoint: the files.
+        arch: its architecture.
+        model_type: of the stock family, also for a heterogeneous folder.
+        blocks: in execution order.
+        outer: tensors outside blocks: embeddings, last norm, head.
+        hidden: width of the residual stream.
+    """
+
+    checkpoint: Checkpoint
+    arch: Architecture
+    model_type: str
+    blocks: tuple[Block, ...]
+    outer: tuple[TensorRef, ...]
+    hidden: int
+
+    @classmethod
+    def open(cls, folder: Path) -> ModelView:
+        """The structure of a folder; no weight is read.
+
+        Raises:
+            CheckpointError: if the files are damaged.
+            StructureError: for an unknown architecture, a tensor that no part of it explains, or one of a wrong shape.
+        """
+        checkpoint = Checkpoint.open(folder)
+        model_type = str(checkpoint.config.get("model_type", ""))
+        arch = architecture(model_type)
+        shape = _Shape(checkpoint.config, arch)
+        owned: dict[tuple[int, str], list[TensorRef]] = {}
+        outer = []
+        for name in checkpoint.tensors:
+            if arch.is_ignored(name):
+                continue
+            place = arch.split(name)
+            if place is None:
+                outer.append(_outer(checkpoint, arch, shape, name))
+            else:
+                kind, ref = _inner(checkpoint, arch, shape, name, *place)
+                owned.setdefault((place[0], kind), []).append(ref)
+        blocks = tuple(
+            Block(i, *(_sublayer(arch, shape, i, kind, owned.get((i, kind), [])) for kind in SUBLAYER_KINDS))
+            for i in range(shape.blocks)
+        )
+        return cls(checkpoint, arch, model_type.removeprefix(PREFIX), blocks, tuple(outer), shape.hidden)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration as stored."""
+        return self.checkpoint.config
+
+    @property
+    def heterogeneous(self) -> bool:
+        """Whether prunekit wrote the folder with blocks that differ."""
+        return str(self.config.get("model_type", "")).startswith(PREFIX)
+
+    @cached_property
+    def sublayers(self) -> tuple[SubLayer, ...]:
+        """All sub-layers in execution order."""
+        return tuple(sublayer for block in self.blocks for sublayer in block.sublayers)
+
+    @cached_property
+    def _by_address(self) -> dict[str, SubLayer]:
+        return {sublayer.address: sublayer for sublayer in self.sublayers}
+
+    @property
+    def head(self) -> TensorRef | None:
+        """The matrix that makes logits, where it is stored: for tied embeddings the token embedding."""
+        found = self._outer_like(self.arch.head)
+        return found if found is not None or not self.tied else self._outer_like(self.arch.table)
+
+    @property
+    def tied(self) -> bool:
+        """Whether a head shares the token embedding."""
+        stored = self._outer_like(self.arch.head) is not None
+        named = re.search(r"For(Causal|Masked)LM|LMHead", " ".join(self.config.get("architectures") or ()))
+        default = self.arch.name in ("gpt2", "bert")
+        return bool(not stored and named and self.config.get("tie_word_embeddings", default))
+
+    def _outer_like(self, pattern: str) -> TensorRef | None:
+        return next((ref for ref in self.outer if pattern and re.fullmatch(pattern, ref.name)), None)
+
+    @property
+    def projection(self) -> TensorRef | None:
+        """Another matrix outside blocks that every token passes, such as a ViT's patch projection."""
+        return self._outer_like(self.arch.projection)
+
+    def sublayer(self, address: str) -> SubLayer:
+        """The sub-layer at an address.
+
+        Raises:
+            StructureError: if the model has none there.
+        """
+        if address not in self._by_address:
+            raise StructureError(f"the model has no `{address}`", why=f"it has blocks 0 to {len(self.blocks) - 1}")
+        return self._by_address[address]
+
+    def renamed(self, name: str, block: int) -> str:
+        """A block tensor's name in another block."""
+        return self.arch.renumbered(name, block)
+
+    def sizes(self, sublayer: SubLayer) -> dict[str, int]:
+        """Size of every axis in the layouts of a sub-layer's tensors."""
+        return {"hidden": self.hidden, **_PARTS, **sublayer.widths}
+
+    def groups(self, kind: str) -> tuple[Group, ...]:
+        """Groups of a kind: one for whole units, one a sub-layer for widths.
+
+        Raises:
+            StructureError: for query heads of a model in which every head has its own key and value.
+        """
+        if kind in WIDTHS:
+            groups = tuple(self._width_groups(kind))
+            if kind == "query_heads" and all(len(group.units) == 1 for group in groups):
+                raise StructureError(
+                    "query heads cannot go alone here",
+                    why="every query head has a key and a value of its own",
+                    hint="use `remove: kv_groups`, which takes a head with its key and value",
+                )
+            return groups
+        units = {
+            "blocks": lambda: [(f"blocks.{b.index}", b.sublayers) for b in self.blocks if b.sublayers],
+            "sublayers": lambda: [(s.address, (s,)) for s in self.sublayers],
+            "attention": lambda: [(s.address, (s,)) for s in self.sublayers if s.kind == "attention"],
+            "ffn": lambda: [(s.address, (s,)) for s in self.sublayers if s.kind == "ffn"],
+        }[kind]()
+        members = tuple(tuple(ref for part in parts for ref in part.tensors) for _, parts in units)
+        return (Group(kind, kind, tuple(address for address, _ in units), members),)
+
+    def _width_groups(self, kind: str) -> Iterator[Group]:
+        owner, axis = WIDTHS[kind]
+        for sublayer in self.sublayers:
+            if sublayer.kind == owner:
+                address = f"{sublayer.address}.{kind}"
+                units = tuple(f"{address}.{i}" for i in range(sublayer.widths[axis]))
+                members = tuple(ref for ref in sublayer.tensors if any(axis in dim for dim in ref.layout))
+                yield Group(kind, address, units, (members,), axis, self.sizes(sublayer))
+
+
+class _Shape:
+    """Numbers that a configuration gives: depth, widths, and what differs in a heterogeneous folder."""
+
+    def __init__(self, config: Mapping[str, Any], arch: Architecture) -> None:
+        self._config, self._arch = config, arch
+        self.blocks = self._number("blocks")
+        self.hidden = self._number("hidden")
+        self.heads = self._number("heads")
+        self.kv_heads = self._number("kv_heads", self.heads)
+        self.head_width = self._number("head_width", self.hidden // self.heads)
+        self.ffn = self._number("ffn", 4 * self.hidden)
+        section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
+        try:
+            layers = (section or {}).get("per_layer_config") or {}
+            self._layers: dict[int, Mapping[str, Any]] = {int(key): value for key, value in layers.items()}
+            self.skips = {i: set(layer.get("skip", ())) for i, layer in self._layers.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise StructureError("`prunekit.per_layer_config` is damaged", at="config.json") from error
+
+    def _number(self, role: str, default: int | None = None) -> int:
+        key = self._arch.keys.get(role, "")
+        value = self._config.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise StructureError(f"`{key}` must be a whole number above 0", why=f"it is {value!r}", at="config.json")
+        return value
+
+    def present(self, block: int, kind: SublayerKind) -> bool:
+        return SKIPS[kind] not in self.skips.get(block, ())
+
+    def widths(self, block: int, kind: SublayerKind) -> dict[str, int]:
+        layer = self._layers.get(block, {})
+        if kind == "ffn":
+            return {"ffn": layer.get("intermediate_size", self.ffn)}
+        heads, groups = layer.get("num_attention_heads", self.heads), layer.get("num_key_value_heads", self.kv_heads)
+        if heads % groups:
+            why = f"{heads} query heads in {groups} KV groups"
+            raise StructureError(f"the heads of block {block} do not divide", why=why, at="config.json")
+        return {"kv": groups, "rep": heads // groups, "hd": self.head_width}
+
+
+def _outer(checkpoint: Checkpoint, arch: Architecture, shape: _Shape, name: str) -> TensorRef:
+    pattern, info = arch.find_outer(name), checkpoint.tensors[name]
+    if pattern is None:
+        raise StructureError(
+            f"tensor `{name}` is not part of `{arch.name}` as prunekit knows it",
+            why="cutting around a tensor nobody understands could break the model",
+            at=info.file,
+        )
+    layout = pattern.layout or tuple((f"d{i}",) for i in range(len(info.shape)))
+    if pattern.layout is not None:
+        fixed = {"hidden": shape.hidden}
+        wrong = len(layout) != len(info.shape) or any(
+            dim[0] in fixed and size != fixed[dim[0]] for dim, size in zip(layout, info.shape, strict=True)
+        )
+        if wrong:
+            raise _wrong_shape(name, info.shape, " x ".join(str(fixed.get(dim[0], dim[0])) for dim in layout))
+    return TensorRef(name, info.dtype, info.shape, layout)
+
+
+def _inner(
+    checkpoint: Checkpoint, arch: Architecture, shape: _Shape, name: str, block: int, rest: str
+) -> tuple[SublayerKind, TensorRef]:
+    info = checkpoint.tensors[name]
+    kind = next((kind for kind in SUBLAYER_KINDS if rest in arch.sublayers[kind]), None)
+    if kind is None or block >= shape.blocks or not shape.present(block, kind):
+        why = (
+            f"`{arch.name}` blocks have no such tensor"
+            if kind is None
+            else f"the configuration has blocks 0 to {shape.blocks - 1}"
+            if block >= shape.blocks
+            else f"the configuration says that block {block} has no {kind}"
+        )
+        raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
+    layout = arch.sublayers[kind][rest].layout or ()
+    sizes = {"hidden": shape.hidden, **_PARTS, **shape.widths(block, kind)}
+    expected = tuple(math.prod(sizes[axis] for axis in dim) for dim in layout)
+    if expected != info.shape:
+        raise _wrong_shape(name, info.shape, " x ".join(map(str, expected)))
+    return kind, TensorRef(name, info.dtype, info.shape, layout)
+
+
+def _wrong_shape(name: str, shape: tuple[int, ...], expected: str) -> StructureError:
+    found = " x ".join(map(str, shape)) or "a scalar"
+    return StructureError(f"tensor `{name}` has the wrong shape", why=f"it is {found}; config.json makes it {expected}")
+
+
+def _sublayer(
+    arch: Architecture, shape: _Shape, block: int, kind: SublayerKind, tensors: list[TensorRef]
+) -> SubLayer | None:
+    if not shape.present(block, kind):
+        return None
+    held = {place[1] for ref in tensors if (place := arch.split(ref.name))}
+    missing = [name for name, pattern in arch.sublayers[kind].items() if not pattern.optional and name not in held]
+    if missing:
+        raise StructureError(
+            f"block {block} lacks `{missing[0]}`",
+            why=f"{len(missing)} tensors of its {kind} are not in the files",
+            hint="the checkpoint is incomplete, or its configuration is of another model",
+        )
+    return SubLayer(f"blocks.{block}.{kind}", kind, block, shape.widths(block, kind), tuple(tensors))
