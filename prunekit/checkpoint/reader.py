@@ -32,7 +32,7 @@ ITEM_BYTES = {
 
 @cache
 def torch_dtypes() -> dict[str, torch.dtype]:
-    """torch's type by the codes of the safetensors format."""
+    """Types of torch by the codes of the safetensors format."""
     import torch
 
     names = {
@@ -160,7 +160,9 @@ def _json_object(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"`{path.name}` is larger than any real one", at=str(path))
         found = json.loads(path.read_bytes(), parse_constant=_constant)
     except OSError as error:
-        raise CheckpointError(f"`{path.name}` cannot be read", why=error.strerror or str(error), at=str(path)) from error
+        raise CheckpointError(
+            f"`{path.name}` cannot be read", why=error.strerror or str(error), at=str(path)
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path.name}` is damaged", why=_first_words(error), at=str(path)) from error
     if not isinstance(found, dict):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit.plan.layout import auto_class
 from prunekit.report.card import CardFacts, model_card, read_metadata
 from prunekit.report.layer_map import details, layer_map, summary
 from prunekit.report.layer_map_image import write_layer_map
@@ -81,15 +81,6 @@ def write_report(folder: Path, view: ModelView, plan: Plan, story: Story) -> Non
         onnx=story.onnx,
     )
     (folder / CARD).write_text(model_card(facts), encoding="utf-8")
-
-
-def auto_class(architectures: Sequence[str]) -> str:
-    """Auto class of transformers for an architecture name; `LlamaForCausalLM` gives `AutoModelForCausalLM`."""
-    name = architectures[0] if architectures else ""
-    head = re.search(r"For[A-Z]\w*$", name)
-    if head:
-        return f"AutoModel{head.group()}"
-    return "AutoModelForCausalLM" if name.endswith("LMHeadModel") else "AutoModel"
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunekit.checkpoint.reader import Checkpoint
+    from prunekit.structure.architecture import Layout
     from prunekit.structure.view import TensorRef
 
 # Reads a tensor by its name. What also has `rows(name, first, end)` is read in pieces.
@@ -56,3 +57,18 @@ def pieces(weights: Weights, ref: TensorRef, piece_bytes: int = PIECE_BYTES) -> 
     step = max(1, piece_bytes // max(1, 4 * math.prod(ref.shape[1:])))
     for first in range(0, ref.shape[0], step):
         yield partial(rows, ref.name, first, min(first + step, ref.shape[0]))
+
+
+def by_axis(tensor: Tensor, layout: Layout, axis: str, sizes: Mapping[str, int]) -> Tensor:
+    """A tensor with one row a position of an axis.
+
+    Args:
+        tensor: weights.
+        layout: for each dimension the axes it factors into.
+        axis: one of them.
+        sizes: size of every axis.
+    Returns:
+        [positions, everything else]; an output projection [32, kv 2 x rep 2 x hd 8] by `kv` gives [2, 512].
+    """
+    axes = [name for dim in layout for name in dim]
+    return tensor.reshape([sizes[name] for name in axes]).movedim(axes.index(axis), 0).flatten(1)

@@ -1,4 +1,4 @@
-"""Architectures as data: which tensors a block holds and how their dimensions factor into axes that are cut together."""
+"""Architectures as data: which tensors a block holds, and which axes their dimensions factor into."""
 
 from __future__ import annotations
 

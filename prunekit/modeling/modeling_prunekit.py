@@ -1,0 +1,597 @@
+"""Transformers whose blocks differ: sub-layers missing, or fewer heads and FFN neurons in some blocks than in others.
+
+Each class is the stock one: built as the configuration's global attributes say, then cut as
+`config.prunekit["per_layer_config"]` says. Tensors keep the names of the stock checkpoint; those of removed sub-layers
+are absent. prunekit copies this file into the folders it writes, which is why it imports nothing but torch and
+transformers and is longer than other files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.pytorch_utils import Conv1D
+
+SCHEMA = 1
+# What the configuration calls the two kinds of sub-layer.
+SKIPS = {"attention": "attention", "mlp": "ffn"}
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+class _NoAttention(nn.Module):
+    """Attention that adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+class _NoFFN(nn.Module):
+    """FFN that adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+class _SameAttention(nn.Module):
+    """Post-norm attention, residual and norm included, that returns what it got."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+class _SameOutput(nn.Module):
+    """Second half of a post-norm FFN, residual and norm included, that returns what the first half got."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return input_tensor
+
+
+@dataclass(frozen=True)
+class _SubLayer:
+    """Where a sub-layer lies in a block.
+
+    Args:
+        swaps: modules of the block and what takes their place when the sub-layer is skipped; its norm among them.
+        linears: layers with a side that gets narrower: side (`out` or `in`) and what it is a multiple of.
+        counts: module that holds head counts as attributes.
+    """
+
+    swaps: Mapping[str, type[nn.Module]]
+    linears: Mapping[str, tuple[str, str]]
+    counts: str
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where the blocks of a family are, from its base model on, and what lies inside."""
+
+    blocks: str
+    attention: _SubLayer
+    ffn: _SubLayer
+
+
+_LLAMA = _Family(
+    "layers",
+    _SubLayer(
+        {"input_layernorm": nn.Identity, "self_attn": _NoAttention},
+        {
+            "self_attn.q_proj": ("out", "heads"),
+            "self_attn.k_proj": ("out", "kv"),
+            "self_attn.v_proj": ("out", "kv"),
+            "self_attn.o_proj": ("in", "heads"),
+        },
+        "self_attn",
+    ),
+    _SubLayer(
+        {"post_attention_layernorm": nn.Identity, "mlp": _NoFFN},
+        {"mlp.gate_proj": ("out", "ffn"), "mlp.up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")},
+        "mlp",
+    ),
+)
+_GPT2 = _Family(
+    "h",
+    _SubLayer(
+        {"ln_1": nn.Identity, "attn": _NoAttention},
+        {"attn.c_attn": ("out", "heads"), "attn.c_proj": ("in", "heads")},
+        "attn",
+    ),
+    _SubLayer({"ln_2": nn.Identity, "mlp": _NoFFN}, {"mlp.c_fc": ("out", "ffn"), "mlp.c_proj": ("in", "ffn")}, "mlp"),
+)
+_BERT = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"attention": _SameAttention},
+        {
+            "attention.self.query": ("out", "heads"),
+            "attention.self.key": ("out", "heads"),
+            "attention.self.value": ("out", "heads"),
+            "attention.output.dense": ("in", "heads"),
+        },
+        "attention.self",
+    ),
+    _SubLayer(
+        {"intermediate": nn.Identity, "output": _SameOutput},
+        {"intermediate.dense": ("out", "ffn"), "output.dense": ("in", "ffn")},
+        "intermediate",
+    ),
+)
+_VIT = _Family(
+    "layers",
+    _SubLayer(
+        {"layernorm_before": nn.Identity, "attention": _NoAttention},
+        {
+            "attention.q_proj": ("out", "heads"),
+            "attention.k_proj": ("out", "heads"),
+            "attention.v_proj": ("out", "heads"),
+            "attention.o_proj": ("in", "heads"),
+        },
+        "attention",
+    ),
+    _SubLayer(
+        {"layernorm_after": nn.Identity, "mlp": _NoFFN}, {"mlp.fc1": ("out", "ffn"), "mlp.fc2": ("in", "ffn")}, "mlp"
+    ),
+)
+# By the stock class of a block, so that a block alone tells its family.
+_FAMILIES = {
+    "LlamaDecoderLayer": _LLAMA,
+    "MistralDecoderLayer": _LLAMA,
+    "Qwen2DecoderLayer": _LLAMA,
+    "Qwen3DecoderLayer": _LLAMA,
+    "GPT2Block": _GPT2,
+    "BertLayer": _BERT,
+    "ViTLayer": _VIT,
+}
+_PLACES = tuple(dict.fromkeys(family.blocks for family in _FAMILIES.values()))
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """Blocks of a model, with or without a head, stock or heterogeneous.
+
+    Raises:
+        ValueError: if the model is of no family known here.
+    """
+    base = getattr(model, "base_model", model)
+    for place in _PLACES:
+        blocks: Any = base
+        for name in place.split("."):
+            blocks = getattr(blocks, name, None)
+        if isinstance(blocks, nn.ModuleList) and all(type(block).__name__ in _FAMILIES for block in blocks):
+            return blocks
+    raise ValueError(f"the blocks of `{type(model).__name__}` are not known")
+
+
+def present(block: nn.Module, kind: str) -> bool:
+    """Whether a block has its `attention` or `ffn`."""
+    swaps = _sublayer(block, kind).swaps
+    return any(type(block.get_submodule(name)).__name__ != other.__name__ for name, other in swaps.items())
+
+
+def skip(block: nn.Module, kind: str) -> None:
+    """Makes a sub-layer the identity on the residual stream for good; its parameters are gone, its norm's too.
+
+    Args:
+        block: a block of a model.
+        kind: `attention` or `ffn`.
+    """
+    bypass(block, kind)
+
+
+def bypass(block: nn.Module, kind: str) -> Callable[[], None]:
+    """Makes a sub-layer the identity on the residual stream, and returns a function that puts everything back.
+
+    Meant for passes without a KV cache: a bypassed attention stores nothing, so block 0 would report an empty cache.
+
+    Args:
+        block: a block of a model.
+        kind: `attention` or `ffn`.
+    """
+    swaps = _sublayer(block, kind).swaps
+    before = {name: block.get_submodule(name) for name in swaps}
+    for name, other in swaps.items():
+        setattr(block, name, other())
+
+    def undo() -> None:
+        for name, module in before.items():
+            setattr(block, name, module)
+
+    return undo
+
+
+def _sublayer(block: nn.Module, kind: str) -> _SubLayer:
+    family = _FAMILIES.get(type(block).__name__)
+    if family is None or kind not in ("attention", "ffn"):
+        raise ValueError(f"`{kind}` of a `{type(block).__name__}` is not known")
+    return family.attention if kind == "attention" else family.ffn
+
+
+def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None:
+    """Cuts a freshly built stock model as its configuration says."""
+    section = getattr(config, "prunekit", None) or {}
+    layers = section.get("per_layer_config") or {}
+    if layers and section.get("schema") != SCHEMA:
+        raise ValueError(f"`prunekit` of the configuration has schema {section.get('schema')}, known is {SCHEMA}")
+    blocks = blocks_of(model)
+    for key, layer in layers.items():
+        skipped, wrong = layer.get("skip", ()), set(layer) - {"skip", *WIDTHS}
+        wrong |= set(skipped) - set(SKIPS)
+        if wrong or not 0 <= int(key) < len(blocks):
+            raise ValueError(f"`prunekit.per_layer_config.{key}` is not understood: {sorted(wrong) or 'no such block'}")
+        block = blocks[int(key)]
+        _narrow_block(block, layer, config)
+        for name in skipped:
+            skip(block, SKIPS[name])
+    _compact_cache(blocks, config)
+
+
+def _narrow_block(block: nn.Module, layer: Mapping[str, Any], config: transformers.PreTrainedConfig) -> None:
+    heads = config.num_attention_heads
+    grouped = getattr(config, "num_key_value_heads", None)
+    kv = grouped or heads
+    new_heads = layer.get("num_attention_heads", heads if grouped else layer.get("num_key_value_heads", heads))
+    new_kv = layer.get("num_key_value_heads", kv if grouped else new_heads)
+    if not 0 < new_kv <= kv or not 0 < new_heads <= heads or new_heads % new_kv or not (grouped or new_kv == new_heads):
+        raise ValueError(f"a block cannot have {new_heads} heads on {new_kv} KV heads, the model has {heads} on {kv}")
+    if (new_heads, new_kv) != (heads, kv):
+        attention = _sublayer(block, "attention")
+        _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv)})
+        counts = {"num_attention_heads": new_heads, "num_heads": new_heads, "num_key_value_heads": new_kv}
+        _set_counts(block.get_submodule(attention.counts), {**counts, "num_key_value_groups": new_heads // new_kv})
+        for name in ("split_size", "all_head_size"):
+            core = block.get_submodule(attention.counts)
+            if hasattr(core, name):
+                setattr(core, name, getattr(core, name) * new_heads // heads)
+    if "intermediate_size" in layer:
+        ffn = _sublayer(block, "ffn")
+        first = block.get_submodule(next(iter(ffn.linears)))
+        neurons, new_neurons = first.weight.shape[_dim(first, "out")], layer["intermediate_size"]
+        if not 0 < new_neurons <= neurons:
+            raise ValueError(f"a block cannot have {new_neurons} neurons, the model has {neurons}")
+        _narrow_linears(block, ffn, {"ffn": (new_neurons, neurons)})
+        _set_counts(block.get_submodule(ffn.counts), {"intermediate_size": new_neurons})
+
+
+def _narrow_linears(block: nn.Module, sublayer: _SubLayer, counts: Mapping[str, tuple[int, int]]) -> None:
+    """Shortens weights in place, so that dtype, device and bias stay; `counts` are units left and units before."""
+    for path, (side, unit) in sublayer.linears.items():
+        layer, (new, old) = block.get_submodule(path), counts[unit]
+        dim = _dim(layer, side)
+        size = layer.weight.shape[dim] * new // old
+        layer.weight = nn.Parameter(layer.weight.detach().narrow(dim, 0, size).clone())
+        if side == "out" and layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.detach().narrow(0, 0, size).clone())
+        setattr(
+            layer, {"out": ("out_features", "nf"), "in": ("in_features", "nx")}[side][isinstance(layer, Conv1D)], size
+        )
+
+
+def _dim(layer: nn.Module, side: str) -> int:
+    """Dimension of a weight: Linear stores [out, in], Conv1D [in, out]."""
+    return int((side == "in") != isinstance(layer, Conv1D))
+
+
+def _set_counts(module: nn.Module, counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        if hasattr(module, name):
+            setattr(module, name, count)
+
+
+def _compact_cache(blocks: nn.ModuleList, config: transformers.PreTrainedConfig) -> None:
+    """Lets the attention that is left fill the KV cache from its first layer on.
+
+    transformers asks the first layer of a cache (and the first one of each layer type) how many tokens it holds; one
+    that belongs to a removed attention holds none, and positions and masks would be those of an empty cache.
+    """
+    kept = [present(block, "attention") for block in blocks]
+    if all(kept) or not any(kept):
+        return
+    listed = getattr(config, "layer_types", None)
+    types, slots = cache_slots(listed or [""] * len(blocks), kept)
+    if listed:
+        config.layer_types = types
+    for block, slot in zip(blocks, slots, strict=True):
+        if slot is not None:
+            core = block.get_submodule(_sublayer(block, "attention").counts)
+            if hasattr(core, "layer_idx"):
+                core.layer_idx = slot
+
+
+def cache_slots(types: Sequence[str], kept: Sequence[bool]) -> tuple[list[str], list[int | None]]:
+    """Layer types and the cache layer of each block, None where its attention is gone.
+
+    A block without attention takes the type of the next attention (at the end: of the last), as masks do not matter to
+    it. Every attention then takes the first cache layer of its type behind its predecessor's, which gives the first
+    layer of the cache, and the first one of each type, to an attention. types `F F S F`, kept `F - - F` of blocks 0 and
+    3: types `F F F F`, layers 0 and 1.
+
+    Args:
+        types: layer type of each block.
+        kept: whether a block has attention; at least one has.
+    """
+    last = max(i for i, is_kept in enumerate(kept) if is_kept)
+    relabelled = [types[next((j for j in range(i, len(types)) if kept[j]), last)] for i in range(len(types))]
+    slots: list[int | None] = []
+    free = 0
+    for kind, is_kept in zip(relabelled, kept, strict=True):
+        slots.append(relabelled.index(kind, free) if is_kept else None)
+        free = slots[-1] + 1 if slots[-1] is not None else free
+    return relabelled, slots
+
+
+class _Pruned:
+    """Comes before a stock class: cuts what the stock constructor built, on the meta device too."""
+
+    def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        base = self.base_model  # type: ignore[attr-defined]
+        # Some heads build their base model by its class, which has cut itself then.
+        if base is self or not isinstance(base, _Pruned):
+            _apply_plan(base, self.config)  # type: ignore[attr-defined]
+
+
+class PrunekitLlamaConfig(transformers.LlamaConfig):
+    """Configuration of a Llama whose blocks differ."""
+
+    model_type = "prunekit_llama"
+    _auto_class = "AutoConfig"
+
+
+class PrunekitLlamaModel(_Pruned, transformers.LlamaModel):
+    """Llama without a head whose blocks differ."""
+
+    config_class = PrunekitLlamaConfig
+    _auto_class = "AutoModel"
+
+
+class PrunekitLlamaForCausalLM(_Pruned, transformers.LlamaForCausalLM):
+    """Llama that continues text whose blocks differ."""
+
+    config_class = PrunekitLlamaConfig
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunekitLlamaForSequenceClassification(_Pruned, transformers.LlamaForSequenceClassification):
+    """Llama that classifies texts whose blocks differ."""
+
+    config_class = PrunekitLlamaConfig
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class PrunekitLlamaForTokenClassification(_Pruned, transformers.LlamaForTokenClassification):
+    """Llama that classifies tokens whose blocks differ."""
+
+    config_class = PrunekitLlamaConfig
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class PrunekitMistralConfig(transformers.MistralConfig):
+    """Configuration of a Mistral whose blocks differ."""
+
+    model_type = "prunekit_mistral"
+    _auto_class = "AutoConfig"
+
+
+class PrunekitMistralModel(_Pruned, transformers.MistralModel):
+    """Mistral without a head whose blocks differ."""
+
+    config_class = PrunekitMistralConfig
+    _auto_class = "AutoModel"
+
+
+class PrunekitMistralForCausalLM(_Pruned, transformers.MistralForCausalLM):
+    """Mistral that continues text whose blocks differ."""
+
+    config_class = PrunekitMistralConfig
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunekitMistralForSequenceClassification(_Pruned, transformers.MistralForSequenceClassification):
+    """Mistral that classifies texts whose blocks differ."""
+
+    config_class = PrunekitMistralConfig
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class PrunekitMistralForTokenClassification(_Pruned, transformers.MistralForTokenClassification):
+    """Mistral that classifies tokens whose blocks differ."""
+
+    config_class = PrunekitMistralConfig
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class PrunekitQwen2Config(transformers.Qwen2Config):
+    """Configuration of a Qwen2 whose blocks differ."""
+
+    model_type = "prunekit_qwen2"
+    _auto_class = "AutoConfig"
+
+
+class PrunekitQwen2Model(_Pruned, transformers.Qwen2Model):
+    """Qwen2 without a head whose blocks differ."""
+
+    config_class = PrunekitQwen2Config
+    _auto_class = "AutoModel"
+
+
+class PrunekitQwen2ForCausalLM(_Pruned, transformers.Qwen2ForCausalLM):
+    """Qwen2 that continues text whose blocks differ."""
+
+    config_class = PrunekitQwen2Config
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunekitQwen2ForSequenceClassification(_Pruned, transformers.Qwen2ForSequenceClassification):
+    """Qwen2 that classifies texts whose blocks differ."""
+
+    config_class = PrunekitQwen2Config
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class PrunekitQwen2ForTokenClassification(_Pruned, transformers.Qwen2ForTokenClassification):
+    """Qwen2 that classifies tokens whose blocks differ."""
+
+    config_class = PrunekitQwen2Config
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class PrunekitQwen3Config(transformers.Qwen3Config):
+    """Configuration of a Qwen3 whose blocks differ."""
+
+    model_type = "prunekit_qwen3"
+    _auto_class = "AutoConfig"
+
+
+class PrunekitQwen3Model(_Pruned, transformers.Qwen3Model):
+    """Qwen3 without a head whose blocks differ."""
+
+    config_class = PrunekitQwen3Config
+    _auto_class = "AutoModel"
+
+
+class PrunekitQwen3ForCausalLM(_Pruned, transformers.Qwen3ForCausalLM):
+    """Qwen3 that continues text whose blocks differ."""
+
+    config_class = PrunekitQwen3Config
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunekitQwen3ForSequenceClassification(_Pruned, transformers.Qwen3ForSequenceClassification):
+    """Qwen3 that classifies texts whose blocks differ."""
+
+    config_class = PrunekitQwen3Config
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class PrunekitQwen3ForTokenClassification(_Pruned, transformers.Qwen3ForTokenClassification):
+    """Qwen3 that classifies tokens whose blocks differ."""
+
+    config_class = PrunekitQwen3Config
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class PrunekitGPT2Config(transformers.GPT2Config):
+    """Configuration of a GPT-2 whose blocks differ."""
+
+    model_type = "prunekit_gpt2"
+    _auto_class = "AutoConfig"
+
+
+class PrunekitGPT2Model(_Pruned, transformers.GPT2Model):
+    """GPT-2 without a head whose blocks differ."""
+
+    config_class = PrunekitGPT2Config
+    _auto_class = "AutoModel"
+
+
+class PrunekitGPT2LMHeadModel(_Pruned, transformers.GPT2LMHeadModel):
+    """GPT-2 that continues text whose blocks differ."""
+
+    config_class = PrunekitGPT2Config
+    _auto_class = "AutoModelForCausalLM"
+
+
+class PrunekitGPT2ForSequenceClassification(_Pruned, transformers.GPT2ForSequenceClassification):
+    """GPT-2 that classifies texts whose blocks differ."""
+
+    config_class = PrunekitGPT2Config
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class PrunekitGPT2ForTokenClassification(_Pruned, transformers.GPT2ForTokenClassification):
+    """GPT-2 that classifies tokens whose blocks differ."""
+
+    config_class = PrunekitGPT2Config
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class PrunekitBertConfig(transformers.BertConfig):
+    """Configuration of a BERT whose blocks differ."""
+
+    model_type = "prunekit_bert"
+    _auto_class = "AutoConfig"
+
+
+class PrunekitBertModel(_Pruned, transformers.BertModel):
+    """BERT without a head whose blocks differ."""
+
+    config_class = PrunekitBertConfig
+    _auto_class = "AutoModel"
+
+
+class PrunekitBertForPreTraining(_Pruned, transformers.BertForPreTraining):
+    """BERT with both pre-training heads whose blocks differ."""
+
+    config_class = PrunekitBertConfig
+    _auto_class = "AutoModelForPreTraining"
+
+
+class PrunekitBertForMaskedLM(_Pruned, transformers.BertForMaskedLM):
+    """BERT that fills in masked tokens whose blocks differ."""
+
+    config_class = PrunekitBertConfig
+    _auto_class = "AutoModelForMaskedLM"
+
+
+class PrunekitBertForSequenceClassification(_Pruned, transformers.BertForSequenceClassification):
+    """BERT that classifies texts whose blocks differ."""
+
+    config_class = PrunekitBertConfig
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class PrunekitBertForTokenClassification(_Pruned, transformers.BertForTokenClassification):
+    """BERT that classifies tokens whose blocks differ."""
+
+    config_class = PrunekitBertConfig
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class PrunekitBertForQuestionAnswering(_Pruned, transformers.BertForQuestionAnswering):
+    """BERT that finds answers in a text whose blocks differ."""
+
+    config_class = PrunekitBertConfig
+    _auto_class = "AutoModelForQuestionAnswering"
+
+
+class PrunekitViTConfig(transformers.ViTConfig):
+    """Configuration of a ViT whose blocks differ."""
+
+    model_type = "prunekit_vit"
+    _auto_class = "AutoConfig"
+
+
+class PrunekitViTModel(_Pruned, transformers.ViTModel):
+    """ViT without a head whose blocks differ."""
+
+    config_class = PrunekitViTConfig
+    _auto_class = "AutoModel"
+
+
+class PrunekitViTForImageClassification(_Pruned, transformers.ViTForImageClassification):
+    """ViT that classifies images whose blocks differ."""
+
+    config_class = PrunekitViTConfig
+    _auto_class = "AutoModelForImageClassification"
+
+
+def _introduce(classes: Sequence[type[Any]]) -> None:
+    """Tells transformers which class belongs to which configuration, and how older checkpoints name its tensors."""
+    for cls in classes:
+        getattr(transformers, cls._auto_class).register(cls.config_class, cls, exist_ok=True)
+        stock = cls.__mro__[2].__name__
+        renaming = get_checkpoint_conversion_mapping(stock)
+        if renaming is not None:
+            register_checkpoint_conversion_mapping(cls.__name__, renaming, overwrite=True)
+
+
+_introduce(
+    [
+        cls
+        for cls in list(globals().values())
+        if isinstance(cls, type) and issubclass(cls, _Pruned) and cls is not _Pruned
+    ]
+)

@@ -1,0 +1,79 @@
+"""Makes the Auto classes of transformers know heterogeneous models, without importing transformers for it.
+
+transformers maps a model type to the name of a configuration class, and looks that name up in the module
+`transformers.models.<model type>` when a folder asks for it. An import hook adds our names to that map as soon as it
+exists, and supplies the module, with the classes of `modeling_prunekit.py`. Registering the classes themselves at that
+point would import model code while transformers is half imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+from prunekit.modeling.families import HETERO_FAMILIES, hetero_config_class, hetero_model_type
+
+_MAP = "transformers.models.auto.configuration_auto"
+_NAMES = {hetero_model_type(family): hetero_config_class(family) for family in HETERO_FAMILIES}
+_MODULES = {f"transformers.models.{model_type}" for model_type in _NAMES}
+
+
+def register_import_hook() -> None:
+    """Lets `AutoConfig` and the `AutoModel` classes load heterogeneous folders from now on; may be called twice."""
+    if _MAP in sys.modules:
+        _add_names(sys.modules[_MAP])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _add_names(auto: ModuleType) -> None:
+    auto.CONFIG_MAPPING_NAMES.update(_NAMES)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of heterogeneous models, and follows the import of the map of model types."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in _MODULES:
+            return ModuleSpec(fullname, _HeterogeneousLoader())
+        if fullname != _MAP:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _MapLoader(spec.loader)
+        return spec
+
+
+class _HeterogeneousLoader(Loader):
+    """Fills a module with the heterogeneous classes."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        from prunekit.modeling import modeling_prunekit
+
+        for name in _NAMES.values():
+            setattr(module, name, getattr(modeling_prunekit, name))
+
+
+class _MapLoader(Loader):
+    """Loads the map of model types as its own loader does, then adds ours."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _add_names(module)

@@ -1,0 +1,116 @@
+"""What a recipe's data is for a given model: windows of text, sentences or images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prunekit.core.errors import UsageError
+from prunekit.modeling.load import load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunekit.core.recipe_model import Calibrate, Embedding, Recipe
+    from prunekit.structure.view import ModelView
+
+Reads = Literal["text", "sentences", "images"]
+
+
+def reads(view: ModelView) -> Reads:
+    """What a model takes: running text (decoders), sentences (text encoders) or images."""
+    if view.arch.decoder:
+        return "text"
+    return "images" if "image_size" in view.config else "sentences"
+
+
+def model_batch(view: ModelView, tokenizer: Any, data: Calibrate | Embedding, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of a model by name, sequences first.
+
+    Raises:
+        UsageError: when the data does not fit the model.
+    """
+    from prunekit.calibrate.batches import image_batch, sentence_batch, token_batch
+
+    kind = reads(view)
+    if kind == "images":
+        size, channels = view.config["image_size"], view.config.get("num_channels", 3)
+        if not isinstance(size, int):
+            raise UsageError("only square images are known here", why=f"`image_size` is {size}")
+        return image_batch(data.data, data.sequences, channels, size, seed)
+    if kind == "sentences":
+        return sentence_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)
+    return {"input_ids": token_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)}
+
+
+def tokenizer_for(view: ModelView, recipe: Recipe) -> Any:
+    """Tokenizer of a model that reads text; None for one that reads images.
+
+    Raises:
+        UsageError: where the folder holds none.
+    """
+    if reads(view) == "images":
+        return None
+    tokenizer = load_tokenizer(view.checkpoint.folder, recipe.model.trust_remote_code)
+    if tokenizer is None:
+        raise UsageError(
+            f"`{recipe.model.source}` has no tokenizer",
+            why="methods that run the model, and measurements of quality, need text as tokens",
+            hint="put the tokenizer's files into the folder",
+        )
+    return tokenizer
+
+
+def check_evaluation(view: ModelView, recipe: Recipe) -> None:
+    """Fails before any work where the recipe asks for what the model cannot be measured by.
+
+    Raises:
+        UsageError: for perplexity or a sample of an encoder, or sentence embeddings of a decoder.
+    """
+    kind, asked = reads(view), recipe.evaluate
+    writes = kind == "text" and view.head is not None
+    for name, part in (("perplexity", asked.perplexity), ("sample", asked.sample)):
+        if part is not None and not writes:
+            hint = "use `evaluate.embedding`" if kind != "text" else ""
+            raise UsageError(f"`evaluate.{name}` needs a model that writes text", hint=hint)
+    if asked.embedding is not None and kind == "images" and Path(asked.embedding.data).suffix != ".safetensors":
+        if asked.embedding.data != "noise":
+            raise UsageError(
+                f"`evaluate.embedding.data: {asked.embedding.data}` is text",
+                why="the model reads images",
+                hint="give `noise`, or a .safetensors file with `pixel_values`",
+            )
+
+
+def device_of(recipe: Recipe) -> str:
+    """The device that a recipe means.
+
+    Raises:
+        UsageError: if this machine has no such device.
+    """
+    import torch
+
+    wanted = recipe.model.device
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        number = int(wanted.partition(":")[2] or 0)
+        if number >= torch.cuda.device_count():
+            why = f"torch sees {torch.cuda.device_count()} CUDA devices"
+            raise UsageError(f"there is no device `{wanted}`", why=why, hint="use `auto` or `cpu`")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("there is no device `mps`", hint="use `auto` or `cpu`")
+    return wanted
+
+
+def dtype_of(recipe: Recipe, view: ModelView, device: str) -> str:
+    """Type to compute in: as asked; else float32 on a CPU, and on a GPU the type that most weights have."""
+    if recipe.model.dtype is not None:
+        return recipe.model.dtype
+    if device == "cpu":
+        return "float32"
+    held: dict[str, int] = {}
+    for info in view.checkpoint.tensors.values():
+        held[info.dtype] = held.get(info.dtype, 0) + info.n_bytes
+    most = max(held, key=lambda code: held[code])
+    return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")

@@ -1,0 +1,280 @@
+"""The main job: plan, cut, measure, export, verify, report; the output folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunekit.core.errors import ExportError
+from prunekit.core.files import atomic_folder, require_free_folder, sha256_file, write_json, write_text
+from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.pipeline.choose import Made, Talk, make_plan, silent
+from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
+from prunekit.pipeline.measure import Measurer
+from prunekit.plan.layout import loads
+
+if TYPE_CHECKING:
+    from prunekit.core.recipe_model import Recipe
+    from prunekit.export.verify import Reference, VerifyReport
+    from prunekit.structure.view import ModelView
+
+MANIFEST, RECIPE, ONNX = "prunekit.json", "recipe.yaml", "onnx"
+# A reference in float64 takes 8 bytes a parameter; above this the check in fresh processes goes without one.
+_REFERENCE_PARAMS = 400_000_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did.
+
+    Args:
+        output: the folder written.
+        made: the plan and what it was made from.
+        before: measurements of the model before the cut.
+        after: the same for the result.
+        expectations: each limit of `expect` with its value and whether it holds.
+        verified: the checks in fresh processes.
+        seconds: of the parts of the run.
+    """
+
+    output: Path
+    made: Made
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    expectations: list[dict[str, Any]]
+    verified: VerifyReport
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        from prunekit.report.layer_map import layer_map
+
+        made = self.made
+        return {
+            "output": str(self.output),
+            "layout": made.layout.kind,
+            "loads": loads(made.view, made.layout),
+            "before": dict(self.before),
+            "after": dict(self.after),
+            "expectations": self.expectations,
+            "verified": self.verified.to_json(),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "layer_map": [row.to_json() for row in layer_map(made.view, made.plan)],
+        }
+
+
+def run(
+    recipe: Recipe, output: Path, overwrite: bool = False, progress: Progress = NULL_PROGRESS, talk: Talk = silent
+) -> Result:
+    """Carries out a recipe.
+
+    Args:
+        recipe: all of it.
+        output: folder to write: the checkpoint at its top, `onnx/`, `prunekit.json`, the model card, the layer map.
+        overwrite: replace a model folder that is there.
+        progress: bars.
+        talk: told in a line what happens now.
+    Raises:
+        PrunekitError: of the kind that fits; nothing is left behind then. A missed expectation is no exception.
+    """
+    clock = _Clock()
+    _check_first(recipe, output, overwrite)
+    made = make_plan(recipe, progress, talk)
+    clock.lap("plan")
+    check_evaluation(made.view, recipe)
+    with atomic_folder(output, overwrite) as folder:
+        return _finish(recipe, made, output, folder, progress, talk, clock)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
+    """Everything that would end the run later and can be known now."""
+    from prunekit.checkpoint.sources import resolve
+    from prunekit.structure.view import ModelView
+
+    require_free_folder(output, overwrite)
+    device_of(recipe)
+    if ONNX in recipe.export.formats:
+        from prunekit.export.onnx import require_packages
+
+        require_packages()
+    view = ModelView.open(resolve(recipe.model.source, recipe.model.revision).folder)
+    if output.exists() and output.resolve() == view.checkpoint.folder.resolve():
+        raise ExportError(f"`{output}` is the model itself", hint="give another folder")
+    check_evaluation(view, recipe)
+    if _needs_tokenizer(recipe):
+        tokenizer_for(view, recipe)
+
+
+def _needs_tokenizer(recipe: Recipe) -> bool:
+    asked = recipe.evaluate
+    return any(part is not None for part in (asked.perplexity, asked.embedding, asked.sample))
+
+
+def _finish(
+    recipe: Recipe, made: Made, output: Path, folder: Path, progress: Progress, talk: Talk, clock: _Clock
+) -> Result:
+    """Cuts into `folder`, then measures, exports, verifies and reports."""
+    from prunekit.surgery import engine
+
+    talk(f"writing a {made.layout.kind} checkpoint")
+    engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout)
+    clock.lap("cut")
+    talk("measuring before and after")
+    before, after, reference = _measured(recipe, made, folder, progress)
+    clock.lap("measure")
+    if ONNX in recipe.export.formats:
+        talk("exporting to ONNX")
+        after |= _exported(folder, progress)
+        clock.lap("onnx")
+    talk("loading the result in fresh processes")
+    verified = _verified(folder, reference, progress)
+    clock.lap("verify")
+    after["loads_stock"] = made.layout.kind != "heterogeneous"
+    result = Result(output, made, before, after, recipe.expect.judge(after), verified, clock.seconds)
+    _write_story(recipe, folder, result, progress)
+    return result
+
+
+def _measured(
+    recipe: Recipe, made: Made, folder: Path, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any], Reference | None]:
+    """Measurements of both models, and what the result must compute."""
+    tokenizer = tokenizer_for(made.view, recipe) if _needs_tokenizer(recipe) else None
+    measurer = Measurer(recipe, made.view, tokenizer, progress)
+    dense = measurer.load(made.view.checkpoint.folder)
+    before = {**asdict(made.before), "file_bytes": made.view.checkpoint.file_bytes, **measurer.measure(dense, dense)}
+    cut = measurer.load(folder)
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    after = {**asdict(made.after), "file_bytes": file_bytes, **measurer.measure(cut, dense)}
+    del cut
+    return before, after, _masked_reference(made, dense, folder)
+
+
+def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
+    """Outputs of the dense model with the removed sub-layers passed over; None where a plan narrows or is too large.
+
+    Args:
+        dense: changed on the way; not to be used afterwards.
+    """
+    import torch
+
+    from prunekit.export.verify import make_reference
+    from prunekit.modeling.load import load_tokenizer
+    from prunekit.modeling.modeling_prunekit import blocks_of, skip
+
+    if made.plan.keep or made.before.params > _REFERENCE_PARAMS:
+        return None
+    dense = dense.to("cpu", torch.float64)
+    for address in made.plan.drop:
+        _, number, kind = address.split(".")
+        skip(blocks_of(dense)[int(number)], kind)
+    return make_reference(dense, load_tokenizer(folder), "the dense model without what was removed")
+
+
+def _exported(folder: Path, progress: Progress) -> dict[str, Any]:
+    from prunekit.export.onnx import export_onnx
+
+    report = export_onnx(folder, folder / ONNX, progress)
+    return {"onnx_bytes": report.file_bytes, "onnx_max_abs_diff": report.max_abs_diff}
+
+
+def _verified(folder: Path, reference: Reference | None, progress: Progress) -> VerifyReport:
+    """The checks in fresh processes.
+
+    Raises:
+        ExportError: if one fails.
+    """
+    from prunekit.export.verify import verify
+
+    report = verify(folder, reference, progress=progress)
+    if not report.ok:
+        raise ExportError(
+            "the result does not compute what it should",
+            why="; ".join(report.problems),
+            hint="report this with the recipe and the versions of torch and transformers",
+        )
+    return report
+
+
+def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progress) -> None:
+    """The manifest, the recipe with every default, the model card and the layer map."""
+    import yaml
+
+    from prunekit.report.folder import Story, versions, write_report
+
+    made, data = result.made, result.to_json()
+    effective = recipe.effective()
+    text = yaml.safe_dump(effective, sort_keys=False, allow_unicode=True, width=110)
+    write_text(folder / RECIPE, text)
+    source = made.source
+    manifest = {
+        "schema": 1,
+        "versions": versions(),
+        "source": {
+            "name": source.name,
+            "kind": source.kind,
+            "revision": source.revision,
+            "sha256": _digests(made.view, progress),
+        },
+        "recipe": effective,
+        "plan": made.plan.to_json(),
+        "orders": [order.to_json() for order in made.orders],
+        **{key: value for key, value in data.items() if key != "output"},
+    }
+    write_json(folder / MANIFEST, manifest)
+    sample = recipe.evaluate.sample
+    story = Story(
+        name=recipe.name or source.name,
+        source=recipe.model.source,
+        layout=made.layout.kind,
+        loads=data["loads"],
+        before=result.before,
+        after=result.after,
+        recipe=text,
+        prompt=sample.prompt if sample is not None else "",
+        notes=_notes(recipe),
+        onnx=ONNX if ONNX in recipe.export.formats else "",
+    )
+    write_report(folder, made.view, made.plan, story)
+
+
+def _digests(view: ModelView, progress: Progress) -> dict[str, str]:
+    """SHA-256 of the source's configuration and weight files, by name."""
+    names = ["config.json", *sorted({info.file for info in view.checkpoint.tensors.values()})]
+    with progress.task("digesting the source", total=len(names), unit="files") as task:
+        found = {}
+        for name in names:
+            found[name] = sha256_file(view.checkpoint.folder / name)
+            task.advance(1)
+    return found
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    """How the figures were measured, in sentences."""
+    asked, notes = recipe.evaluate, []
+    if asked.perplexity is not None:
+        p = asked.perplexity
+        notes.append(f"Perplexity: {p.sequences} windows of {p.length_tokens} tokens of `{Path(p.data).name}`.")
+    if asked.embedding is not None:
+        e = asked.embedding
+        notes.append(f"Cosine: {e.sequences} inputs of `{Path(e.data).name}`, against the model before the cut.")
+    if asked.latency is not None:
+        x = asked.latency
+        notes.append(
+            f"Speed: batch {x.batch}, {x.prompt_tokens} tokens read, {x.new_tokens} written, median of {x.repeats}."
+        )
+    return notes

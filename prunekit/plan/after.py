@@ -1,0 +1,34 @@
+"""The model that a plan leaves, seen before it is cut: what later steps of a recipe choose from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from prunekit.plan.cost import kept_widths
+from prunekit.structure.view import Block, ModelView, SubLayer
+
+if TYPE_CHECKING:
+    from prunekit.plan.plan import Plan
+
+
+def after(view: ModelView, plan: Plan) -> ModelView:
+    """The structure that a plan leaves; blocks keep their numbers, shapes are those after the cut.
+
+    Its `checkpoint` is still the one before the cut, so weights read through it have their old shapes.
+    """
+    blocks = tuple(Block(b.index, _left(view, b.attention, plan), _left(view, b.ffn, plan)) for b in view.blocks)
+    return replace(view, blocks=blocks)
+
+
+def _left(view: ModelView, sublayer: SubLayer | None, plan: Plan) -> SubLayer | None:
+    if sublayer is None or sublayer.address in plan.drop:
+        return None
+    widths = kept_widths(sublayer, plan)
+    sizes = {**view.sizes(sublayer), **widths}
+    tensors = tuple(
+        replace(ref, shape=tuple(math.prod(sizes[axis] for axis in dim) for dim in ref.layout))
+        for ref in sublayer.tensors
+    )
+    return replace(sublayer, widths=widths, tensors=tensors)

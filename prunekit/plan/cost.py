@@ -1,0 +1,126 @@
+"""What a model costs, before and after a plan, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prunekit.checkpoint.reader import ITEM_BYTES
+from prunekit.core.errors import PlanError
+from prunekit.structure.view import WIDTHS
+
+if TYPE_CHECKING:
+    from prunekit.plan.plan import Plan
+    from prunekit.structure.view import ModelView, SubLayer, TensorRef
+
+CostKind = Literal["params", "flops", "kv_bytes"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Args:
+        params: stored weights; a tied head counts once.
+        block_params: those inside blocks.
+        flops_per_token: two for each weight of a matrix that a token passes: blocks, head, patch projection. What
+            attention spends on its context is left out, since it depends on its length.
+        kv_bytes_per_token: keys and values that a decoder keeps for each token, in the type of the weights.
+        weight_bytes: bytes of all weights.
+    """
+
+    params: int
+    block_params: int
+    flops_per_token: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+
+
+def cost(view: ModelView, plan: Plan | None = None) -> Cost:
+    """Cost of a model, or of what a plan leaves of it."""
+    left = [
+        (sublayer, kept_widths(sublayer, plan))
+        for sublayer in view.sublayers
+        if plan is None or sublayer.address not in plan.drop
+    ]
+    parts = [part for sublayer, widths in left for part in _counts(view, sublayer, widths)]
+    outer = [(ref, math.prod(ref.shape)) for ref in view.outer]
+    outer_matrices = [ref for ref in (view.head, view.projection) if ref is not None]
+    return Cost(
+        params=sum(count for _, count in (*parts, *outer)),
+        block_params=sum(count for _, count in parts),
+        flops_per_token=_flops(parts) + sum(2 * math.prod(ref.shape) for ref in outer_matrices),
+        kv_bytes_per_token=sum(_kv_bytes(view, sublayer, widths) for sublayer, widths in left),
+        weight_bytes=sum(count * ITEM_BYTES[ref.dtype] for ref, count in (*parts, *outer)),
+    )
+
+
+def unit_cost(view: ModelView, address: str, of: str) -> float:
+    """What a unit costs: params, flops or kv_bytes a token.
+
+    Args:
+        view: the model.
+        address: of a block, a sub-layer, or one unit of a width such as `blocks.3.ffn.neurons.7`.
+        of: `params`, `flops`, `kv_bytes`, or `units`, of which each is one.
+    Raises:
+        PlanError: for a cost that shapes do not tell.
+    """
+    if of == "units":
+        return 1.0
+    owner, kind = _owner(address)
+    if kind:
+        sublayer = view.sublayer(owner)
+        axis = WIDTHS[kind][1]
+        return _sublayer_cost(view, sublayer, of) - _sublayer_cost(
+            view, sublayer, of, {axis: sublayer.widths[axis] - 1}
+        )
+    parts = [s for s in view.sublayers if s.address == address or s.address.rpartition(".")[0] == address]
+    if not parts:
+        raise PlanError(f"the model has no `{address}`")
+    return float(sum(_sublayer_cost(view, sublayer, of) for sublayer in parts))
+
+
+def _owner(address: str) -> tuple[str, str]:
+    """Sub-layer and width kind of a width unit's address; the address itself and "" for a whole unit."""
+    parts = address.split(".")
+    return (".".join(parts[:-2]), parts[-2]) if len(parts) >= 3 and parts[-2] in WIDTHS else (address, "")
+
+
+def _sublayer_cost(view: ModelView, sublayer: SubLayer, of: str, changed: Mapping[str, int] | None = None) -> float:
+    widths = {**sublayer.widths, **(changed or {})}
+    if of == "params":
+        return sum(count for _, count in _counts(view, sublayer, widths))
+    if of == "flops":
+        return _flops(_counts(view, sublayer, widths))
+    if of == "kv_bytes":
+        return _kv_bytes(view, sublayer, widths)
+    raise PlanError(f"shapes do not tell `{of}`", hint="use params, flops or kv_bytes")
+
+
+def kept_widths(sublayer: SubLayer, plan: Plan | None) -> dict[str, int]:
+    """Widths of a sub-layer after a plan, by axis."""
+    widths = dict(sublayer.widths)
+    for kind, (_, axis) in WIDTHS.items():
+        kept = plan.keep.get(f"{sublayer.address}.{kind}") if plan is not None else None
+        if kept is not None:
+            widths[axis] = len(kept)
+    return widths
+
+
+def _counts(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> list[tuple[TensorRef, int]]:
+    """Every tensor of a sub-layer with the number of its weights at these widths."""
+    sizes = {**view.sizes(sublayer), **widths}
+    return [(ref, math.prod(sizes[axis] for dim in ref.layout for axis in dim)) for ref in sublayer.tensors]
+
+
+def _flops(parts: Iterable[tuple[TensorRef, int]]) -> int:
+    return sum(2 * count for ref, count in parts if len(ref.shape) == 2)
+
+
+def _kv_bytes(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> int:
+    if sublayer.kind != "attention" or not view.arch.decoder:
+        return 0
+    item = max(ITEM_BYTES[ref.dtype] for ref in sublayer.tensors if len(ref.shape) == 2)
+    return 2 * widths["kv"] * widths["hd"] * item

@@ -1,0 +1,199 @@
+"""The configuration of a cut model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prunekit.core.errors import SurgeryError
+from prunekit.plan.layout import Layout, kept_widths
+from prunekit.plan.plan import Plan
+from prunekit.structure.view import SKIPS, ModelView, SubLayer
+
+_CLASS_PREFIX = "Prunekit"
+# What transformers takes where a configuration with `use_sliding_window` does not say it.
+_MAX_WINDOW_LAYERS = 28
+
+
+def cut_config(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
+    """`config.json` of the result.
+
+    Args:
+        plan: what goes.
+        layout: format and blocks of the result.
+    Raises:
+        SurgeryError: if the format cannot say what is left, or the model computes something else once blocks move.
+    """
+    if layout.kind == "heterogeneous":
+        return _heterogeneous(view, plan, layout)
+    return _stock(view, plan, layout)
+
+
+def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
+    sources = _sources(layout)
+    _require_movable(view.config, sources)
+    config = _stock_base(view)
+    config |= _per_layer_lists(view, sources)
+    config[view.arch.keys["blocks"]] = len(sources)
+    attention = [view.blocks[a].attention for a, _ in sources]
+    ffn = [view.blocks[f].ffn for _, f in sources]
+    config |= _heads(view, _alike(attention, plan))
+    config |= _neurons(view, _alike(ffn, plan))
+    _set_older_rope_keys(config)
+    return config
+
+
+def _sources(layout: Layout) -> list[tuple[int, int]]:
+    whole = [(a, f) for a, f in layout.pairs if a is not None and f is not None]
+    if len(whole) != len(layout.pairs) or not whole:
+        raise SurgeryError(f"a {layout.kind} model needs blocks with an attention and an FFN each")
+    return whole
+
+
+def _require_movable(config: Mapping[str, Any], sources: list[tuple[int, int]]) -> None:
+    """GPT-2 may divide attention scores by the block's number, which is then part of what a block computes."""
+    moved = next((a for new, (a, _) in enumerate(sources) if a != new), None)
+    if config.get("scale_attn_by_inverse_layer_idx") and moved is not None:
+        raise SurgeryError(
+            f"the attention of block {moved} cannot move to another block",
+            why="`scale_attn_by_inverse_layer_idx` makes what a block computes depend on its number",
+            hint="remove blocks from the end only, or a part of a block, which keeps the numbers",
+            at="config.json",
+        )
+
+
+def _stock_base(view: ModelView) -> dict[str, Any]:
+    """The source's configuration without what only a heterogeneous folder has."""
+    config = dict(view.config)
+    if not view.heterogeneous:
+        return config
+    config.pop("auto_map", None)
+    config["model_type"] = view.model_type
+    config["architectures"] = _stock_classes(view)
+    others = _other_sections(view)
+    config.pop("prunekit", None)
+    return config | ({"prunekit": others} if others else {})
+
+
+def _stock_classes(view: ModelView) -> list[str]:
+    return [name.removeprefix(_CLASS_PREFIX) for name in view.config.get("architectures") or ()]
+
+
+def _other_sections(view: ModelView) -> dict[str, Any]:
+    """What the `prunekit` section of the source holds besides its layers, such as a run-time pattern."""
+    section = view.config.get("prunekit") or {}
+    return {
+        key: value for key, value in section.items() if key not in ("schema", "base_model_type", "per_layer_config")
+    }
+
+
+def _per_layer_lists(view: ModelView, sources: list[tuple[int, int]]) -> dict[str, Any]:
+    """Lists and numbers that speak of single blocks, for the blocks of the result."""
+    config = view.config | _explicit_layer_types(view)
+    changed: dict[str, Any] = {}
+    for key, kind in view.arch.lists.items():
+        if isinstance(config.get(key), list):
+            changed[key] = [config[key][a if kind == "attention" else f] for a, f in sources]
+    full = config.get("max_window_layers")
+    if isinstance(full, int):
+        changed["max_window_layers"] = sum(a < full for a, _ in sources)
+    section = config.get("prunekit") or {}
+    pattern = (section.get("runtime") or {}).get("attention") or {}
+    if pattern.get("layers") is not None:
+        moved = [new for new, (a, _) in enumerate(sources) if a in pattern["layers"]]
+        runtime = section["runtime"] | {"attention": pattern | {"layers": moved}}
+        others = _other_sections(view) if view.heterogeneous else section
+        changed["prunekit"] = others | {"runtime": runtime}
+    return changed
+
+
+def _explicit_layer_types(view: ModelView) -> dict[str, list[str]]:
+    """Window or not for each block, where a configuration gives the first windowed block only."""
+    config = view.config
+    if "layer_types" not in view.arch.lists or config.get("layer_types") or not config.get("use_sliding_window"):
+        return {}
+    first = config.get("max_window_layers", _MAX_WINDOW_LAYERS)
+    names = ("full_attention", "sliding_attention")
+    return {"layer_types": [names[block.index >= first] for block in view.blocks]}
+
+
+def _alike(sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, int]:
+    """Widths that all of them have left."""
+    found = [kept_widths(plan, sublayer) for sublayer in sublayers if sublayer is not None]
+    different = next((widths for widths in found if widths != found[0]), None)
+    if different is not None:
+        raise SurgeryError("a stock model needs blocks of one width", why=f"there are {found[0]} and {different}")
+    return found[0]
+
+
+def _heads(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
+    keys, config = view.arch.keys, view.config
+    heads = left["kv"] * left["rep"]
+    old = config[keys["heads"]]
+    if (heads, left["kv"]) == (old, config.get(keys.get("kv_heads", "")) or old):
+        return {}
+    if "kv_heads" not in keys or "head_width" not in keys:
+        raise SurgeryError(
+            f"a stock `{view.model_type}` cannot have {heads} heads of width {left['hd']}",
+            why="its class divides the hidden width by the number of heads",
+        )
+    return {keys["heads"]: heads, keys["kv_heads"]: left["kv"], keys["head_width"]: left["hd"]}
+
+
+def _neurons(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
+    key = view.arch.keys["ffn"]
+    return {} if left["ffn"] == _global_ffn(view) else {key: left["ffn"]}
+
+
+def _global_ffn(view: ModelView) -> int:
+    """What blocks have where nothing else is said; GPT-2 leaves out four times the hidden width."""
+    return view.config.get(view.arch.keys["ffn"]) or 4 * view.hidden
+
+
+def _set_older_rope_keys(config: dict[str, Any]) -> None:
+    """Says the rotary embedding the way transformers 4 reads it too; it ignores `rope_parameters` without a word."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), (int, float)):
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
+def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
+    from prunekit.modeling.families import hetero_config_fields
+
+    if any(source not in (None, block) for block, pair in enumerate(layout.pairs) for source in pair):
+        raise SurgeryError("blocks of a heterogeneous model keep their numbers")
+    layers: dict[str, dict[str, Any]] = {}
+    digits = max(2, len(str(len(layout.pairs) - 1)))
+    for block, (attention, ffn) in enumerate(layout.pairs):
+        gone = [SKIPS[kind] for kind, source in (("attention", attention), ("ffn", ffn)) if source is None]
+        layer: dict[str, Any] = {"skip": gone} if gone else {}
+        if attention is not None:
+            layer |= _other_heads(view, view.blocks[block].attention, plan)
+        if ffn is not None:
+            layer |= _other_neurons(view, view.blocks[block].ffn, plan)
+        if layer:
+            layers[f"{block:0{digits}d}"] = layer
+    section = {"schema": 1, "base_model_type": view.model_type, "per_layer_config": layers}
+    fields = hetero_config_fields(view.model_type, _stock_classes(view))
+    return {**view.config, **fields, "prunekit": {**section, **_other_sections(view)}}
+
+
+def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dict[str, int]:
+    """Heads of a block that are not the configuration's own."""
+    if attention is None:
+        return {}
+    keys, left = view.arch.keys, kept_widths(plan, attention)
+    heads = view.config[keys["heads"]]
+    own = {"num_key_value_heads": left["kv"], "num_attention_heads": left["kv"] * left["rep"]}
+    usual = {"num_key_value_heads": view.config.get(keys.get("kv_heads", "")) or heads, "num_attention_heads": heads}
+    return {key: value for key, value in own.items() if value != usual[key]}
+
+
+def _other_neurons(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:
+    if ffn is None:
+        return {}
+    left = kept_widths(plan, ffn)["ffn"]
+    return {} if left == _global_ffn(view) else {"intermediate_size": left}

@@ -1,0 +1,109 @@
+"""Carries out a plan on a checkpoint: from files to files, a piece of one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+import prunekit.modeling
+from prunekit.checkpoint.writer import OutTensor, Stored, write_weights
+from prunekit.core.errors import SurgeryError
+from prunekit.core.files import write_json
+from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.plan.layout import Layout, choose_layout
+from prunekit.plan.plan import Plan
+from prunekit.structure.view import ModelView, SubLayer, TensorRef
+from prunekit.surgery.config import cut_config
+from prunekit.surgery.sidecar import model_files, write_model_files
+from prunekit.surgery.slices import Keep, cut_pieces, cut_shape, cuts_of
+
+MODELING_FILE = "modeling_prunekit.py"
+
+
+def apply(
+    view: ModelView,
+    plan: Plan,
+    folder: Path,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress = NULL_PROGRESS,
+    layout: Layout | None = None,
+) -> Layout:
+    """Writes the cut checkpoint; the source is only read.
+
+    Tensors keep the order they have in the source's files, so that what stays is copied in long stretches.
+
+    Args:
+        view: the model to cut.
+        plan: what goes.
+        folder: existing and empty; gets weights, configuration, tokenizer and what else belongs to the model.
+        max_shard_bytes: largest weight file.
+        progress: told of bytes written.
+        layout: format of the result; the simplest that can hold it by default.
+    Returns:
+        The layout.
+    Raises:
+        PlanError: if the plan is not for this model.
+        SurgeryError: if the cut cannot be carried out, or the disk is full.
+        CheckpointError: if the source cannot be read.
+    """
+    plan.check(view)
+    layout = choose_layout(view, plan) if layout is None else layout
+    cuts = cuts_of(plan)
+    _require_complete(view, plan, layout)
+    config = cut_config(view, plan, layout)
+    source = view.checkpoint.folder
+    others = model_files(source)
+    tensors = sorted(_tensors(view, cuts, layout), key=lambda pair: _place(view, pair[0]))
+    write_weights(folder, [tensor for _, tensor in tensors], max_shard_bytes, progress)
+    write_json(folder / "config.json", config)
+    write_model_files(source, others, folder)
+    if layout.kind == "heterogeneous":
+        shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)
+    return layout
+
+
+def _require_complete(view: ModelView, plan: Plan, layout: Layout) -> None:
+    """A layout must hold every sub-layer that stays once, in the order it has in the source."""
+    found = [s.address for _, s in _placed(view, layout)]
+    expected = [s.address for s in view.sublayers if s.address not in plan.drop]
+    if found != expected:
+        odd = next((a for a in [*found, *expected] if found.count(a) != 1 or expected.count(a) != 1), "their order")
+        raise SurgeryError("the layout does not fit the plan", why=f"they differ in {odd}")
+
+
+def _placed(view: ModelView, layout: Layout) -> Iterator[tuple[int, SubLayer]]:
+    """New block number and sub-layer, in execution order."""
+    for new, (attention, ffn) in enumerate(layout.pairs):
+        parts = (
+            None if attention is None else view.blocks[attention].attention,
+            None if ffn is None else view.blocks[ffn].ffn,
+        )
+        yield from ((new, sublayer) for sublayer in parts if sublayer is not None)
+
+
+def _tensors(view: ModelView, cuts: Mapping[str, Keep], layout: Layout) -> Iterator[tuple[TensorRef, OutTensor]]:
+    """Every tensor of the result beside the one it comes from."""
+    for ref in view.outer:
+        yield ref, OutTensor(ref.name, ref.dtype, ref.shape, _stored(view, ref))
+    for new, sublayer in _placed(view, layout):
+        sizes, keep = view.sizes(sublayer), cuts.get(sublayer.address, {})
+        for ref in sublayer.tensors:
+            shape = cut_shape(ref.shape, ref.layout, sizes, keep)
+            content: Stored | Callable[[], Iterator[Tensor]] = _stored(view, ref)
+            if any(axis in keep for dim in ref.layout for axis in dim):
+                content = partial(cut_pieces, view.checkpoint, ref, sizes, keep)
+            yield ref, OutTensor(view.renamed(ref.name, new), ref.dtype, shape, content)
+
+
+def _stored(view: ModelView, ref: TensorRef) -> Stored:
+    info = view.checkpoint.tensors[ref.name]
+    return Stored(view.checkpoint.folder / info.file, info.start)
+
+
+def _place(view: ModelView, ref: TensorRef) -> tuple[str, int]:
+    info = view.checkpoint.tensors[ref.name]
+    return info.file, info.start

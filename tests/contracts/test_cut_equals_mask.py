@@ -1,0 +1,221 @@
+"""A cut folder computes what the dense model computes with the removed parts masked, in every family and layout."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunekit.core.files import atomic_folder
+from prunekit.modeling.load import load_model
+from prunekit.plan.layout import Layout, choose_layout
+from prunekit.plan.plan import Plan
+from prunekit.structure.view import WIDTHS, ModelView
+from prunekit.surgery import engine
+from tests.tiny import DECODERS, FAMILIES, HEAD, tiny_inputs, tiny_model, write_tiny
+
+# float64 both times, the same sums in another order.
+TOLERANCE = 1e-10
+PRE_NORM = tuple(family for family in FAMILIES if family != "bert")
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+CUTS = ("blocks", "sublayers", "kv_groups", "query_heads", "neurons", "mixture")
+# Blocks, output matrices of attention and FFN, and the dimension of those matrices that heads and neurons enter by.
+PLACES = {
+    **dict.fromkeys(LLAMAS, ("model.layers", "self_attn.o_proj", "mlp.down_proj", 1)),
+    "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj", 0),
+    "bert": ("encoder.layer", "attention.output.dense", "output.dense", 1),
+    "vit": ("vit.layers", "attention.o_proj", "mlp.fc2", 1),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ModelView]:
+    """Family and structure of a tiny model with float32 weights."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, ModelView.open(write_tiny(request.param, folder / "dense"))
+
+
+def random_plan(view: ModelView, cut: str, seed: int) -> Plan:
+    """Removes random units of a kind, or a bit of each."""
+    draw = random.Random(f"{cut} {seed}")
+    drop: set[str] = set()
+    keep: dict[str, list[int]] = {}
+    if cut in ("blocks", "mixture"):
+        drop |= {s.address for s in draw.choice(view.blocks).sublayers}
+    if cut in ("sublayers", "mixture"):
+        drop |= {s.address for s in draw.sample(view.sublayers, 2)}
+    for kind, (owner, axis) in WIDTHS.items():
+        for sublayer in view.sublayers:
+            width = sublayer.widths.get(axis, 1)
+            narrowed = cut == kind or (cut == "mixture" and draw.random() < 0.5)
+            if narrowed and sublayer.kind == owner and sublayer.address not in drop and width > 1:
+                keep[f"{sublayer.address}.{kind}"] = sorted(draw.sample(range(width), draw.randint(1, width)))
+    return Plan.make(view, drop, keep)
+
+
+def masked_outputs(family: str, view: ModelView, plan: Plan, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What the dense model gives with the removed parts masked; knows nothing of prunekit's structure files."""
+    model = tiny_model(family, dtype=dtype).double()
+    blocks, attention, ffn, dim = PLACES[family]
+    for index, block in enumerate(model.get_submodule(blocks)):
+        for kind, output in (("attention", attention), ("ffn", ffn)):
+            address = f"blocks.{index}.{kind}"
+            if address in plan.drop:
+                remove(block, output, family)
+            else:
+                keep_inputs(block.get_submodule(output), dim, entering(view, plan, address))
+    with torch.no_grad():
+        return model(**tiny_inputs(family))[0]
+
+
+def remove(block: torch.nn.Module, output: str, family: str) -> None:
+    """Takes a sub-layer's contribution out of the residual stream; with its norm where that follows the sum."""
+    if family == "bert":
+        output_and_norm = block.get_submodule(output.removesuffix(".dense"))
+        output_and_norm.register_forward_hook(lambda _, given, __: given[1])
+        return
+    for parameter in block.get_submodule(output).parameters():
+        parameter.data.zero_()
+
+
+def entering(view: ModelView, plan: Plan, address: str) -> list[int] | None:
+    """Inputs of an output matrix that stay: neurons, or the numbers of the heads that stay."""
+    if address.endswith("ffn"):
+        return plan.keep.get(f"{address}.neurons")  # type: ignore[return-value]
+    kv, rep = (view.sublayer(address).widths[axis] for axis in ("kv", "rep"))
+    groups = plan.keep.get(f"{address}.kv_groups", range(kv))
+    heads = plan.keep.get(f"{address}.query_heads", range(rep))
+    return [(g * rep + h) * HEAD + i for g in groups for h in heads for i in range(HEAD)]
+
+
+def keep_inputs(matrix: Any, dim: int, kept: list[int] | None) -> None:
+    if kept is not None:
+        mask = torch.zeros(matrix.weight.shape[dim], dtype=matrix.weight.dtype)
+        mask[list(kept)] = 1
+        matrix.weight.data *= mask if dim == 1 else mask[:, None]
+
+
+def cut(view: ModelView, plan: Plan, target: Path, layout: str = "auto", shard_bytes: int = 10**9) -> Layout:
+    with atomic_folder(target) as folder:
+        return engine.apply(view, plan, folder, shard_bytes, layout=choose_layout(view, plan, layout))
+
+
+def outputs(folder: Path, family: str) -> torch.Tensor:
+    model = load_model(folder, "float64")
+    with torch.no_grad():
+        return model(**tiny_inputs(family))[0]
+
+
+def require_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", CUTS)
+def test_cut_equals_mask(dense: tuple[str, ModelView], kind: str, seed: int, tmp_path: Path) -> None:
+    family, view = dense
+    if kind == "query_heads" and family not in LLAMAS:
+        pytest.skip("every query head has a key and a value of its own")
+    plan = random_plan(view, kind, seed)
+    layout = cut(view, plan, tmp_path / "cut")
+    expected = masked_outputs(family, view, plan)
+    require_same(outputs(tmp_path / "cut", family), expected)
+    if layout.kind != "heterogeneous":
+        cut(view, plan, tmp_path / "own class", "heterogeneous")
+        require_same(outputs(tmp_path / "own class", family), expected)
+
+
+@pytest.mark.parametrize("family", PRE_NORM)
+def test_repacked_equals_mask(family: str, tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny(family, tmp_path / "dense"))
+    plan = Plan.make(view, ("blocks.1.ffn", "blocks.2.attention"))
+    layout = cut(view, plan, tmp_path / "cut")
+    assert (layout.kind, layout.pairs) == ("repacked", ((0, 0), (1, 2), (3, 3)))
+    require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan))
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+def test_equal_widths_give_a_stock_model(family: str, tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny(family, tmp_path / "dense"))
+    keep: dict[str, tuple[int, ...]] = {}
+    for i in range(1, 4):
+        keep |= {f"blocks.{i}.attention.query_heads": (i % 2,), f"blocks.{i}.ffn.neurons": tuple(range(i, i + 40))}
+    plan = Plan.make(view, ("blocks.0.attention", "blocks.0.ffn"), keep)
+    assert cut(view, plan, tmp_path / "cut").kind == "stock"
+    require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_cutting_twice_equals_cutting_once(family: str, tmp_path: Path) -> None:
+    """The second plan is for the first one's result and counts what that has left."""
+    view = ModelView.open(write_tiny(family, tmp_path / "dense"))
+    kept = {"blocks.1.ffn.neurons": (3, 5, 7, 9), "blocks.2.attention.kv_groups": (0, 1)}
+    first = Plan.make(view, ("blocks.0.attention", "blocks.3.ffn"), kept)
+    cut(view, first, tmp_path / "once")
+    halfway = ModelView.open(tmp_path / "once")
+    kept = {"blocks.1.ffn.neurons": (1, 2), "blocks.2.attention.kv_groups": (1,), "blocks.0.ffn.neurons": (0, 8)}
+    cut(halfway, Plan.make(halfway, ("blocks.3.attention",), kept), tmp_path / "twice")
+    kept = {"blocks.1.ffn.neurons": (5, 7), "blocks.2.attention.kv_groups": (1,), "blocks.0.ffn.neurons": (0, 8)}
+    whole = Plan.make(view, (*first.drop, "blocks.3.attention"), kept)
+    require_same(outputs(tmp_path / "twice", family), masked_outputs(family, view, whole))
+    cut(view, whole, tmp_path / "at once")
+    assert (tmp_path / "twice" / "config.json").read_text() == (tmp_path / "at once" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_heterogeneous_model_becomes_stock_when_what_differs_goes(family: str, tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny(family, tmp_path / "dense"))
+    cut(view, Plan.make(view, ("blocks.1.attention",)), tmp_path / "once")
+    halfway = ModelView.open(tmp_path / "once")
+    assert cut(halfway, Plan.make(halfway, ("blocks.1.ffn",)), tmp_path / "twice").kind == "stock"
+    plan = Plan.make(view, ("blocks.1.attention", "blocks.1.ffn"))
+    require_same(outputs(tmp_path / "twice", family), masked_outputs(family, view, plan))
+    cut(view, plan, tmp_path / "at once")
+    assert (tmp_path / "twice" / "config.json").read_text() == (tmp_path / "at once" / "config.json").read_text()
+
+
+def test_gpt2_scale_by_block_number_survives(tmp_path: Path) -> None:
+    changes = {"scale_attn_by_inverse_layer_idx": True}
+    view = ModelView.open(write_tiny("gpt2", tmp_path / "dense", **changes))
+    assert cut(view, Plan.make(view, ("blocks.1.attention", "blocks.1.ffn")), tmp_path / "cut").kind == "heterogeneous"
+    model = tiny_model("gpt2", dtype=torch.float32, **changes).double()
+    for output in ("attn.c_proj", "mlp.c_proj"):
+        remove(model.transformer.h[1], output, "gpt2")
+    with torch.no_grad():
+        require_same(outputs(tmp_path / "cut", "gpt2"), model(**tiny_inputs("gpt2"))[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_shards_make_no_difference(family: str, tmp_path: Path) -> None:
+    tiny_model(family, dtype=torch.float32).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    view = ModelView.open(tmp_path / "dense")
+    plan = random_plan(view, "mixture", 0)
+    cut(view, plan, tmp_path / "cut", shard_bytes=10_000)
+    assert len(list((tmp_path / "dense").glob("model-*"))) > 1
+    assert len(list((tmp_path / "cut").glob("model-*"))) > 1
+    require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_bfloat16_stays_bfloat16(family: str, tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny(family, tmp_path / "dense", dtype=torch.bfloat16))
+    plan = random_plan(view, "mixture", 1)
+    cut(view, plan, tmp_path / "cut")
+    assert {info.dtype for info in ModelView.open(tmp_path / "cut").checkpoint.tensors.values()} == {"BF16"}
+    require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan, torch.bfloat16))
+
+
+def test_input_is_left_as_it_was(dense: tuple[str, ModelView], tmp_path: Path) -> None:
+    def digests() -> dict[str, str]:
+        files = view.checkpoint.folder.iterdir()
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    _, view = dense
+    before = digests()
+    cut(view, random_plan(view, "mixture", 2), tmp_path / "cut")
+    assert digests() == before
