@@ -95,7 +95,7 @@ def write_weights(
     headers = [_header(shard) for shard in shards]
     total = sum(tensor.n_bytes for tensor in tensors)
     _require_space(folder, total + sum(map(len, headers)))
-    with progress.task("writing", total=total, unit="bytes") as task, _disk_errors(folder):
+    with progress.task("writing", total=total, unit="bytes") as task, disk_errors(folder):
         for name, header, shard in zip(names, headers, shards, strict=True):
             _write_shard(folder / name, header, shard, task.advance)
         if len(shards) > 1:
@@ -120,14 +120,20 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns what the disk answers while a folder is written into an error that names the folder.
+
+    Raises:
+        SurgeryError: for any OSError inside.
+    """
     try:
         yield
     except OSError as error:
         full = error.errno in _FULL
+        where = f": {error.filename}" if error.filename else ""
         raise SurgeryError(
-            "the disk is full" if full else "the weights cannot be written",
-            why=error.strerror or str(error),
+            "the disk is full" if full else "the model cannot be written",
+            why=(error.strerror or str(error)) + where,
             hint="make room, or write to another disk" if full else "",
             at=str(folder),
         ) from error

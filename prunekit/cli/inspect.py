@@ -10,6 +10,7 @@ from prunekit.cli import _options as options
 from prunekit.cli._output import Output
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from prunekit.structure.view import ModelView
@@ -38,7 +39,7 @@ def inspect(
     view = ModelView.open(source.folder)
     structure = describe(view)
     data: dict[str, Any] = {"model": source.name, "folder": str(source.folder), **structure.to_json()}
-    parts = [structure_summary(source.name, structure), "", structure_table(structure.blocks)]
+    parts: list[RenderableType] = [structure_summary(source.name, structure), "", structure_table(structure.blocks)]
     if tensors:
         listed = _tensors(view)
         data["tensors"] = listed

@@ -137,7 +137,7 @@ def _override(data: dict[str, Any], expression: str) -> KeyPath:
     place: Any = data
     path: KeyPath = ()
     for name in keys[:-1]:
-        key = _key(place, name, path, expression)
+        key: Any = _key(place, name, path, expression)
         path = (*path, key)
         inner = place[key] if isinstance(place, list) else place.get(key)
         if inner is None:
@@ -149,7 +149,7 @@ def _override(data: dict[str, Any], expression: str) -> KeyPath:
             raise UsageError(what, why=f"it is `{typed(inner)}`", hint=f"set `{dotted(path)}` itself")
         place[key] = inner
         place = inner
-    last = _key(place, keys[-1], path, expression)
+    last: Any = _key(place, keys[-1], path, expression)
     place[last] = value
     return (*path, last)
 

@@ -26,7 +26,7 @@ _TAGS = {f"tag:yaml.org,2002:{name}" for name in _TYPES}
 class _Loader(yaml.SafeLoader):
     """SafeLoader whose plain scalars follow YAML 1.2, with `_` allowed inside whole numbers."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
 
 
 for _name, _pattern, _first in (
@@ -205,11 +205,12 @@ class _Reader:
                 self.problems.append(YamlProblem(what, line, (*path, key), why=why, hint="keep one of them"))
                 continue
             first[key] = line
-            self.lines[(*path, key)] = line
-            found[key] = self.value(value_node, (*path, key))
+            inner: KeyPath = (*path, key)
+            self.lines[inner] = line
+            found[key] = self.value(value_node, inner)
         return found
 
-    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+    def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         kind = node.tag.rpartition(":")[2]
         try:
             return _SCALARS[kind](node.value)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.modeling.kv_cache import cache_argument, cache_of
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,12 @@ def measure_latency(
 
 def _decode(model: Any, output: Any, new_tokens: int, wait: Callable[[], None]) -> float:
     """Seconds of one step, as the mean over `new_tokens` steps."""
-    cache = output.past_key_values
+    cache = {cache_argument(model): cache_of(output)}
     token = output.logits[:, -1:].argmax(dim=-1)
     wait()
     start = time.perf_counter()
     for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **cache)
         token = output.logits[:, -1:].argmax(dim=-1)
     wait()
     return (time.perf_counter() - start) / new_tokens

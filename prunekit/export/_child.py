@@ -77,7 +77,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         result["tied"] = head.weight is entry.weight
         result["tie_expected"] = bool(getattr(model.config, "tie_word_embeddings", False))
     if decoder:
-        layers = getattr(output.past_key_values, "layers", ())
+        # Its name from transformers 5.24 on, and before.
+        cache = output.cache if hasattr(output, "cache") else output.past_key_values
+        layers = getattr(cache, "layers", ())
         held = [layer.keys for layer in layers if getattr(layer, "keys", None) is not None]
         result["kv_heads"] = [int(keys.shape[1]) for keys in held if keys.numel()]
         result |= _continuations(model, inputs, request["new_tokens"])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prunekit.core.errors import ExportError
+from prunekit.modeling.kv_cache import cache_argument
+from prunekit.modeling.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 BATCH, LENGTH, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {LENGTH}"
-_CACHE_INPUT = re.compile(r"(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s")
-_CACHE_OUTPUT = re.compile(r"(?:output\.)?past_key_values\.layers\.(\d+)\.(key|value)s")
+# The tracer names the cache as transformers does: `cache` from 5.24 on, `past_key_values` before.
+_CACHE_INPUT = re.compile(r"(?:input\.)?(?:cache|past_key_values)\.layers\.(\d+)\.(key|value)s")
+_CACHE_OUTPUT = re.compile(r"(?:output\.)?(?:cache|past_key_values)\.layers\.(\d+)\.(key|value)s")
 
 
 def is_decoder(model: PreTrainedModel) -> bool:
@@ -111,7 +112,7 @@ def _decode_step(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, Any
     inputs = sample_inputs(model, batch=2, length=7, pad=3)
     # A cache made without the config keeps every token in every layer; a sliding layer's window then comes from its
     # mask. A layer that drops old tokens would bake the sample's length into the graph.
-    inputs["past_key_values"] = DynamicCache()
+    inputs[cache_argument(model)] = DynamicCache()
     greedy = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
     step = decompose_for_generation(model, inputs, generation_config=greedy, multi_token_decode=True)
     return step["decode"]
@@ -119,20 +120,9 @@ def _decode_step(model: PreTrainedModel) -> tuple[torch.nn.Module, dict[str, Any
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back prints, warnings, log lines below errors and progress bars of the exporter, and restores all."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = logging.root.manager.disable, hf_logging.is_progress_bar_enabled()
-    logging.disable(logging.WARNING)
-    hf_logging.disable_progress_bar()
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        if bars:
-            hf_logging.enable_progress_bar()
+    """Holds back what transformers says, and the prints of the exporter."""
+    with quiet(), redirect_stdout(io.StringIO()):
+        yield
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from prunekit.core.errors import ExportError
 from prunekit.export._external import external_files
 from prunekit.export._trace import is_decoder, sample_inputs
+from prunekit.modeling.kv_cache import cache_argument
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -314,15 +315,13 @@ def _torch_greedy(
     from transformers import DynamicCache
 
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    cache, steps = DynamicCache(), []
+    cache, name, steps = DynamicCache(), cache_argument(model), []
     made: list[torch.Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool)
     for _ in range(new_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.no_grad():
-            out = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
+            out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache})
         steps.append(out.logits.float().numpy())
         best = out.logits[:, -1].argmax(-1)
         best = torch.where(done, made[-1][:, 0], best) if made else best

@@ -73,13 +73,13 @@ def check_evaluation(view: ModelView, recipe: Recipe) -> None:
         if part is not None and not writes:
             hint = "use `evaluate.embedding`" if kind != "text" else ""
             raise UsageError(f"`evaluate.{name}` needs a model that writes text", hint=hint)
-    if asked.embedding is not None and kind == "images" and Path(asked.embedding.data).suffix != ".safetensors":
-        if asked.embedding.data != "noise":
-            raise UsageError(
-                f"`evaluate.embedding.data: {asked.embedding.data}` is text",
-                why="the model reads images",
-                hint="give `noise`, or a .safetensors file with `pixel_values`",
-            )
+    data = asked.embedding.data if asked.embedding is not None and kind == "images" else "noise"
+    if data != "noise" and Path(data).suffix != ".safetensors":
+        raise UsageError(
+            f"`evaluate.embedding.data: {data}` is text",
+            why="the model reads images",
+            hint="give `noise`, or a .safetensors file with `pixel_values`",
+        )
 
 
 def device_of(recipe: Recipe) -> str:

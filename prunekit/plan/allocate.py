@@ -59,7 +59,8 @@ def _whole(
     units = scored.group.units
     target = Target(source, view, budget, kind, len(units))
     order = sorted(range(len(units)), key=lambda i: (scored.values[i], i))
-    gone, removed = [], 0.0
+    gone: list[str] = []
+    removed = 0.0
     for i in order:
         if target.reached(removed):
             break

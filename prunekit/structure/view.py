@@ -222,12 +222,11 @@ class ModelView:
                     hint="use `remove: kv_groups`, which takes a head with its key and value",
                 )
             return groups
-        units = {
-            "blocks": lambda: [(f"blocks.{b.index}", b.sublayers) for b in self.blocks if b.sublayers],
-            "sublayers": lambda: [(s.address, (s,)) for s in self.sublayers],
-            "attention": lambda: [(s.address, (s,)) for s in self.sublayers if s.kind == "attention"],
-            "ffn": lambda: [(s.address, (s,)) for s in self.sublayers if s.kind == "ffn"],
-        }[kind]()
+        units: list[tuple[str, tuple[SubLayer, ...]]]
+        if kind == "blocks":
+            units = [(f"blocks.{block.index}", block.sublayers) for block in self.blocks if block.sublayers]
+        else:
+            units = [(s.address, (s,)) for s in self.sublayers if kind in ("sublayers", s.kind)]
         members = tuple(tuple(ref for part in parts for ref in part.tensors) for _, parts in units)
         return (Group(kind, kind, tuple(address for address, _ in units), members),)
 

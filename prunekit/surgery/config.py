@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prunekit.core.errors import SurgeryError
-from prunekit.plan.layout import Layout, kept_widths
+from prunekit.plan.cost import kept_widths
+from prunekit.plan.layout import Layout
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import SKIPS, ModelView, SubLayer
+from prunekit.structure.view import SKIPS, SUBLAYER_KINDS, ModelView, SubLayer
 
 _CLASS_PREFIX = "Prunekit"
 # What transformers takes where a configuration with `use_sliding_window` does not say it.
@@ -119,7 +120,7 @@ def _explicit_layer_types(view: ModelView) -> dict[str, list[str]]:
 
 def _alike(sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, int]:
     """Widths that all of them have left."""
-    found = [kept_widths(plan, sublayer) for sublayer in sublayers if sublayer is not None]
+    found = [kept_widths(sublayer, plan) for sublayer in sublayers if sublayer is not None]
     different = next((widths for widths in found if widths != found[0]), None)
     if different is not None:
         raise SurgeryError("a stock model needs blocks of one width", why=f"there are {found[0]} and {different}")
@@ -168,7 +169,7 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
     layers: dict[str, dict[str, Any]] = {}
     digits = max(2, len(str(len(layout.pairs) - 1)))
     for block, (attention, ffn) in enumerate(layout.pairs):
-        gone = [SKIPS[kind] for kind, source in (("attention", attention), ("ffn", ffn)) if source is None]
+        gone = [SKIPS[kind] for kind, source in zip(SUBLAYER_KINDS, (attention, ffn), strict=True) if source is None]
         layer: dict[str, Any] = {"skip": gone} if gone else {}
         if attention is not None:
             layer |= _other_heads(view, view.blocks[block].attention, plan)
@@ -185,7 +186,7 @@ def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dic
     """Heads of a block that are not the configuration's own."""
     if attention is None:
         return {}
-    keys, left = view.arch.keys, kept_widths(plan, attention)
+    keys, left = view.arch.keys, kept_widths(attention, plan)
     heads = view.config[keys["heads"]]
     own = {"num_key_value_heads": left["kv"], "num_attention_heads": left["kv"] * left["rep"]}
     usual = {"num_key_value_heads": view.config.get(keys.get("kv_heads", "")) or heads, "num_attention_heads": heads}
@@ -195,5 +196,5 @@ def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dic
 def _other_neurons(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:
     if ffn is None:
         return {}
-    left = kept_widths(plan, ffn)["ffn"]
+    left = kept_widths(ffn, plan)["ffn"]
     return {} if left == _global_ffn(view) else {"intermediate_size": left}

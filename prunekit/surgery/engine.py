@@ -6,11 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 import prunekit.modeling
-from prunekit.checkpoint.writer import OutTensor, Stored, write_weights
+from prunekit.checkpoint.writer import OutTensor, Stored, disk_errors, write_weights
 from prunekit.core.errors import SurgeryError
 from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
@@ -20,6 +19,9 @@ from prunekit.structure.view import ModelView, SubLayer, TensorRef
 from prunekit.surgery.config import cut_config
 from prunekit.surgery.sidecar import model_files, write_model_files
 from prunekit.surgery.slices import Keep, cut_pieces, cut_shape, cuts_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODELING_FILE = "modeling_prunekit.py"
 
@@ -59,10 +61,11 @@ def apply(
     others = model_files(source)
     tensors = sorted(_tensors(view, cuts, layout), key=lambda pair: _place(view, pair[0]))
     write_weights(folder, [tensor for _, tensor in tensors], max_shard_bytes, progress)
-    write_json(folder / "config.json", config)
-    write_model_files(source, others, folder)
-    if layout.kind == "heterogeneous":
-        shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)
+    with disk_errors(folder):
+        write_json(folder / "config.json", config)
+        write_model_files(source, others, folder)
+        if layout.kind == "heterogeneous":
+            shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)
     return layout
 
 

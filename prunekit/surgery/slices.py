@@ -1,12 +1,13 @@
-"""Cuts through tensors: reshape into axes, take what stays, reshape back."""
+"""Cuts through tensors: reshape into axes, take what stays, reshape back.
+
+torch is imported where a tensor is cut, so that dropping whole sub-layers starts without it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import SurgeryError
@@ -14,12 +15,13 @@ from prunekit.plan.plan import Plan
 from prunekit.structure.architecture import Layout
 from prunekit.structure.view import WIDTHS, TensorRef
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Keep = Mapping[str, Sequence[int]]
 # Head width and hidden width are never cut: softmax scale, rotary positions and norms depend on them.
 CUTTABLE = frozenset(axis for _, axis in WIDTHS.values())
 _PIECE_BYTES = 64 << 20
-# Values move as whole numbers of their size, so that every type can be cut and no bit changes.
-_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def take(tensor: Tensor, layout: Layout, sizes: Mapping[str, int], keep: Keep) -> Tensor:
@@ -44,11 +46,11 @@ def take(tensor: Tensor, layout: Layout, sizes: Mapping[str, int], keep: Keep) -
     shape = cut_shape(tuple(tensor.shape), layout, sizes, keep)
     if not any(axis in keep for axis in axes):
         return tensor
-    left = tensor.view(_RAW[tensor.itemsize]).reshape(split)
+    left = tensor.reshape(split)
     for place, axis in enumerate(axes):
         if axis in keep:
-            left = left.index_select(place, torch.tensor(list(keep[axis]), dtype=torch.int64))
-    return left.reshape(shape).view(tensor.dtype)
+            left = _selected(left, place, keep[axis])
+    return left.reshape(shape)
 
 
 def cut_shape(shape: tuple[int, ...], layout: Layout, sizes: Mapping[str, int], keep: Keep) -> tuple[int, ...]:
@@ -70,6 +72,8 @@ def cut_pieces(
         ref: a tensor of rank 1 or more with an axis in `keep`.
         piece_bytes: most bytes to read at a time, at least one row; rows between pieces are not read where none stays.
     """
+    import torch
+
     n_rows = ref.shape[0]
     rows = take(torch.arange(n_rows), ref.layout[:1], sizes, keep)
     inner = (("",), *ref.layout[1:])
@@ -80,7 +84,7 @@ def cut_pieces(
             begin, end = int(here[0]), int(here[-1]) + 1
             part = checkpoint.read_rows(ref.name, begin, end)
             if len(here) < end - begin:
-                part = part.view(_RAW[part.itemsize]).index_select(0, here - begin).view(part.dtype)
+                part = _selected(part, 0, here - begin)
             yield take(part, inner, sizes, keep)
 
 
@@ -97,6 +101,14 @@ def cuts_of(plan: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
             raise SurgeryError(f"`{group}` cannot be cut", why=f"widths are {', '.join(WIDTHS)}")
         cuts.setdefault(address, {})[WIDTHS[kind][1]] = tuple(kept)
     return cuts
+
+
+def _selected(tensor: Tensor, place: int, positions: Sequence[int] | Tensor) -> Tensor:
+    """Some positions of a dimension, for any type: values move as whole numbers of their size, bit for bit."""
+    import torch
+
+    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return tensor.view(raw).index_select(place, torch.as_tensor(positions, dtype=torch.int64)).view(tensor.dtype)
 
 
 def _require_cuttable(keep: Keep) -> None:

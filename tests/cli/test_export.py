@@ -31,6 +31,7 @@ def test_default_place_is_a_folder_beside_the_weights(invoke, exporter, tmp_path
 
 def test_existing_folder_is_refused(invoke, exporter, tmp_path) -> None:
     (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_text("old")
     assert isinstance(invoke(export, tmp_path).exception, PrunekitError)
     assert invoke(export, tmp_path, "--overwrite").exit_code == 0
 

@@ -1,0 +1,119 @@
+"""Sparse decode as a torch operation: the reference on a CPU, the kernels on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from prunekit_kernels.sparse_decode.lists import PageLists
+from prunekit_kernels.sparse_decode.reference import decode_reference
+
+HALF = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (64, 80, 96, 128, 256)
+MAX_ROWS = 64
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def refusal(q: Tensor, k: Tensor, kv_heads: int) -> str:
+    """Why no kernel takes these tensors, or an empty string if one does."""
+    if q.device.type != "cuda":
+        return f"the tensors are on `{q.device.type}`, the kernels need a CUDA device"
+    if not _has_triton():
+        return "triton is not installed"
+    if q.dtype not in HALF:
+        return f"dtype {q.dtype} is not one of bfloat16, float16"
+    if k.dtype != q.dtype:
+        return f"the cache is {k.dtype}, the queries are {q.dtype}"
+    if q.shape[-1] not in HEAD_SIZES:
+        return f"head size {q.shape[-1]} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    rows = q.shape[1] // kv_heads * q.shape[2]
+    if rows > MAX_ROWS:
+        return f"{rows} queries of one key-value head are more than {MAX_ROWS}"
+    return ""
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether the last dimension is contiguous and rows begin at multiples of 16 bytes, as the kernel's loads want."""
+    return tensor.stride(-1) == 1 and all(s % 8 == 0 for s in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
+
+
+@torch.library.custom_op("prunekit::sparse_decode", mutates_args=(), device_types="cpu")
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, starts: Tensor, tokens: Tensor,
+    page_tokens: int, paged: bool, longest: int, total: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if int(tokens.max()) > longest:
+        raise ValueError(f"a list of {int(tokens.max())} tokens is longer than `longest`, which is {longest}")
+    return decode_reference(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
+
+
+@_decode.register_kernel("cuda")
+def _decode_cuda(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, starts: Tensor, tokens: Tensor,
+    page_tokens: int, paged: bool, longest: int, total: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if refusal(q, k, starts.shape[1]):
+        return decode_reference(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
+    from prunekit_kernels.sparse_decode import portable
+
+    q, k, v = (t if _aligned(t) else t.contiguous() for t in (q, k, v))
+    return portable.launch(q, k, v, indices, starts, tokens, page_tokens, paged, longest, total, scale)
+
+
+@_decode.register_fake
+def _decode_fake(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, starts: Tensor, tokens: Tensor,
+    page_tokens: int, paged: bool, longest: int, total: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _mismatch(q: Tensor, k: Tensor, v: Tensor, lists: PageLists) -> str:
+    """What does not fit between tensors and lists, or an empty string."""
+    batch, heads, _, dim = q.shape
+    kv_heads = lists.starts.shape[1]
+    if k.shape != v.shape or k.shape[-1] != dim:
+        return f"keys {list(k.shape)}, values {list(v.shape)} and head size {dim} do not fit each other"
+    if lists.starts.shape[0] != batch or lists.tokens.shape != lists.starts.shape:
+        return f"lists for {list(lists.starts.shape)} and {list(lists.tokens.shape)} do not fit {batch} sequences"
+    if heads % kv_heads:
+        return f"{heads} query heads are not a multiple of {kv_heads} key-value heads"
+    if lists.paged and (k.shape[1] != lists.page_tokens or k.shape[2] not in (1, kv_heads)):
+        return f"cache {list(k.shape)} does not hold pages of {lists.page_tokens} tokens for {kv_heads} key-value heads"
+    if not lists.paged and (k.shape[0] != batch or k.shape[1] != kv_heads):
+        return f"cache {list(k.shape)} does not hold {batch} sequences of {kv_heads} key-value heads"
+    return ""
+
+
+def sparse_decode(
+    q: Tensor, k: Tensor, v: Tensor, lists: PageLists, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention in which the last tokens of each sequence read the cached tokens that their head's list names.
+
+    Args:
+        q: [B, H, Q, D], one or a few queries a sequence. Query i of Q leaves out the last Q - 1 - i listed tokens.
+        k: contiguous cache [B, G, S, D], or paged cache [P, page_tokens, G, D] if `lists.paged`, G dividing H. A paged
+            cache [P, page_tokens, 1, D] is one pool from which each key-value head's list takes pages of its own.
+            `v` alike.
+        lists: on the device of `q`.
+        scale: factor on the scores, 1 / sqrt(D) if None.
+    Returns:
+        Output [B, H, Q, D] in the dtype of `q` and log-sum-exp float32 [B, H, Q] (natural logarithm), both contiguous.
+        A query that reads no token gives zeros and minus infinity. No gradient.
+    Raises:
+        ValueError: if lists and tensors do not fit each other.
+    """
+    if problem := _mismatch(q, k, v, lists):
+        raise ValueError(problem)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _decode(
+        q, k, v, lists.indices, lists.starts, lists.tokens,
+        lists.page_tokens, lists.paged, lists.longest, lists.total, scale,
+    )  # fmt: skip

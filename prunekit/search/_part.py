@@ -1,0 +1,155 @@
+"""Some of the calibration sequences: their hidden states inside the cut model, and the distance of candidates on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prunekit.calibrate.stack import Stack
+from prunekit.search._distances import Distance
+
+
+class Part:
+    """Sequences that are run together.
+
+    What enters every sub-layer of the current cut model is kept, so that a candidate runs only from the first sub-layer
+    on that it changes. Candidates run as one batch that grows on its way down the stack: each joins where it parts from
+    the current cut model.
+
+    Args:
+        stack: the model.
+        inputs: its inputs by name, sequences first.
+        piece_bytes: float32 outputs of one candidate held at a time.
+        kept_bytes: hidden states kept; above that only every second, third, ... is, and the others run again.
+    """
+
+    def __init__(self, stack: Stack, inputs: Mapping[str, Tensor], piece_bytes: int, kept_bytes: int) -> None:
+        self.stack = stack
+        self.runs = 0
+        self.state = stack.enter(inputs)
+        self.tokens = self.state.hidden.shape[0] * self.state.hidden.shape[1]
+        self._piece_bytes = piece_bytes
+        size = len(stack.addresses) * self.state.hidden.numel() * self.state.hidden.element_size()
+        self._stride = -(-size // kept_bytes)
+        self._removed: frozenset[str] = frozenset()
+        self._trunk: list[Tensor | None] = [self.state.hidden] + [None] * len(stack.addresses)
+        self._reference: list[Tensor] = []
+        self._dense: Tensor | None = None
+        self._lengths: list[int] = []
+
+    def begin(self, distance: Distance, keep_bytes: int) -> int:
+        """Runs the dense model, to compare with.
+
+        Args:
+            keep_bytes: its outputs are kept if they take no more than this, else made again for every comparison.
+        Returns:
+            Bytes of the outputs that are kept.
+        """
+        self._distance = distance
+        self.move(frozenset())
+        self._dense = self.stack.features(self._boundary(len(self.stack.addresses)), self.state)
+        self._reference, kept, positions = [], 0, 0
+        for piece in self._dense_pieces():
+            positions += piece.shape[0]
+            kept += piece.numel() * piece.element_size()
+            if kept <= keep_bytes:
+                self._reference.append(piece)
+        if kept > keep_bytes:
+            self._reference, kept = [], 0
+        mask, sequences = self.state.mask, self.state.sequences
+        a_sequence = positions // sequences
+        self._lengths = [a_sequence] * sequences
+        if mask is not None and positions == int(mask.sum()):
+            self._lengths = mask.sum(1).tolist()
+        return kept
+
+    def move(self, removed: frozenset[str]) -> None:
+        """Makes another cut model the current one; hidden states before the first difference stay."""
+        first = self._first_change(removed)
+        self._trunk[first + 1 :] = [None] * (len(self._trunk) - first - 1)
+        self._removed = removed
+
+    def distances(self, sets: Sequence[frozenset[str]]) -> tuple[Tensor, int]:
+        """Distances of models without these sub-layers from the dense model.
+
+        Returns:
+            Float64 [sets] and the count by which to divide them.
+        """
+        ends = self.stack.features(self._ends(sets), self.state)
+        versions = ends.split(ends.shape[0] // len(sets))
+        outputs = [self.stack.pieces(version, self.state, self._piece_bytes) for version in versions]
+        values: list[list[Tensor]] = [[] for _ in sets]
+        for reference in self._reference or self._dense_pieces():
+            for output, found in zip(outputs, values, strict=True):
+                found.append(self._distance.values(reference, next(output)))
+        return self._distance.total(torch.stack([torch.cat(found) for found in values]), self._lengths)
+
+    def inside(self) -> Iterator[tuple[int, Tensor]]:
+        """Every sub-layer of the current cut model by number, and what enters it."""
+        for i, address in enumerate(self.stack.addresses):
+            if address not in self._removed:
+                yield i, self._boundary(i)
+
+    def _dense_pieces(self) -> Iterator[Tensor]:
+        assert self._dense is not None
+        for piece in self.stack.pieces(self._dense, self.state, self._piece_bytes):
+            yield self._distance.prepare(piece)
+
+    def _first_change(self, removed: frozenset[str]) -> int:
+        changed = removed ^ self._removed
+        addresses = self.stack.addresses
+        return next((i for i, address in enumerate(addresses) if address in changed), len(addresses))
+
+    def _boundary(self, i: int) -> Tensor:
+        """What enters sub-layer `i` in the current cut model."""
+        known = next(j for j in range(i, -1, -1) if self._trunk[j] is not None)
+        hidden = self._trunk[known]
+        assert hidden is not None
+        for j in range(known, i):
+            if self.stack.addresses[j] not in self._removed:
+                hidden = self._run(j, hidden, 1)
+            if (j + 1) % self._stride == 0:
+                self._trunk[j + 1] = hidden
+        return hidden
+
+    def _run(self, i: int, hidden: Tensor, versions: int) -> Tensor:
+        self.runs += versions
+        return self.stack.run(i, hidden, self.state)
+
+    def _ends(self, sets: Sequence[frozenset[str]]) -> Tensor:
+        """What leaves the last block of each cut model [sets x sequences, tokens, hidden]."""
+        addresses = self.stack.addresses
+        joins = []
+        for removed in sets:
+            start = join = self._first_change(removed)
+            while join < len(addresses) and addresses[join] in removed:
+                join += 1
+            joins.append((join, start))
+        order = sorted(range(len(sets)), key=lambda k: joins[k])
+        hidden = self.state.hidden[:0]
+        active: list[int] = []
+        for i in range(joins[order[0]][0], len(addresses) + 1):
+            arriving = [k for k in order[len(active) :] if joins[k][0] == i]
+            if arriving:
+                hidden = torch.cat([hidden, *(self._boundary(joins[k][1]) for k in arriving)])
+                active += arriving
+            if i < len(addresses):
+                hidden = self._step(i, hidden, [addresses[i] not in sets[k] for k in active])
+        place = {k: row for row, k in enumerate(active)}
+        if active == list(range(len(sets))):
+            return hidden
+        versions = hidden.split(self.state.sequences)
+        return torch.cat([versions[place[k]] for k in range(len(sets))])
+
+    def _step(self, i: int, hidden: Tensor, has: list[bool]) -> Tensor:
+        """One sub-layer on those versions that have it."""
+        if all(has):
+            return self._run(i, hidden, len(has))
+        if not any(has):
+            return hidden
+        versions = list(hidden.split(self.state.sequences))
+        ran = self._run(i, torch.cat([part for part, does in zip(versions, has, strict=True) if does]), sum(has))
+        done = iter(ran.split(self.state.sequences))
+        return torch.cat([next(done) if does else part for part, does in zip(versions, has, strict=True)])

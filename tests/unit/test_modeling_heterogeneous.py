@@ -1,0 +1,170 @@
+"""Heterogeneous classes compute what the stock class with the same parts masked computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunekit.modeling import modeling_prunekit
+from prunekit.modeling.modeling_prunekit import blocks_of
+from tests.heterogeneous import heterogeneous, without
+from tests.tiny import BLOCKS, FAMILIES, FFN, HEAD, HEADS, KV_HEADS, tiny_inputs, tiny_model
+
+TOLERANCE = 1e-12
+# Last layer of each sub-layer, inside a block: zeroing what it returns, or columns of it, masks a sub-layer or a unit.
+ENDS = {
+    "gpt2": {"attention": "attn.c_proj", "ffn": "mlp.c_proj"},
+    "bert": {"attention": "attention.output.dense", "ffn": "output.dense"},
+    "vit": {"attention": "attention.o_proj", "ffn": "mlp.fc2"},
+}
+LLAMA_ENDS = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
+LLAMA_CUTS = {
+    "self_attn.q_proj": ("heads", 0),
+    "self_attn.k_proj": ("kv", 0),
+    "self_attn.v_proj": ("kv", 0),
+    "self_attn.o_proj": ("heads", 1),
+    "mlp.gate_proj": ("ffn", 0),
+    "mlp.up_proj": ("ffn", 0),
+    "mlp.down_proj": ("ffn", 1),
+}
+CUTS = {
+    "gpt2": {
+        "attn.c_attn": ("parts", 1),
+        "attn.c_proj": ("heads", 0),
+        "mlp.c_fc": ("ffn", 1),
+        "mlp.c_proj": ("ffn", 0),
+    },
+    "bert": {
+        **{f"attention.self.{name}": ("heads", 0) for name in ("query", "key", "value")},
+        "attention.output.dense": ("heads", 1),
+        "intermediate.dense": ("ffn", 0),
+        "output.dense": ("ffn", 1),
+    },
+    "vit": {
+        **{f"attention.{name}_proj": ("heads", 0) for name in ("q", "k", "v")},
+        "attention.o_proj": ("heads", 1),
+        "mlp.fc1": ("ffn", 0),
+        "mlp.fc2": ("ffn", 1),
+    },
+}
+
+
+def mask(block: nn.Module, family: str, kind: str) -> None:
+    """Makes a stock sub-layer add nothing; in BERT it returns what it got, as its norm is part of it."""
+    if family == "bert" and kind == "attention":
+        block.attention.register_forward_hook(lambda _module, args, _out: (args[0], None))
+    elif family == "bert":
+        block.output.register_forward_hook(lambda _module, args, _out: args[1])
+    else:
+        end = block.get_submodule(ENDS.get(family, LLAMA_ENDS)[kind])
+        end.register_forward_hook(lambda _module, _args, out: torch.zeros_like(out))
+
+
+def same(family: str, a: Any, b: Any) -> bool:
+    inputs = tiny_inputs(family)
+    with torch.no_grad():
+        return bool((a(**inputs)[0] - b(**inputs)[0]).abs().max() < TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "skips",
+    [
+        {0: ["attention"], 1: ["mlp"], 3: ["attention", "mlp"]},
+        {0: ["mlp"], 2: ["attention"]},
+        {i: ["attention"] for i in range(BLOCKS)},
+    ],
+    ids=["first-and-last", "middle", "all-attention"],
+)
+def test_skipped_sublayers_equal_masked_ones(family: str, skips: dict[int, list[str]]) -> None:
+    stock = tiny_model(family)
+    model = without(stock, *((i, name) for i, names in skips.items() for name in names))
+    for i, names in skips.items():
+        for name in names:
+            mask(blocks_of(stock)[i], family, "ffn" if name == "mlp" else name)
+    assert same(family, stock, model)
+    assert model.num_parameters() < stock.num_parameters()
+
+
+def rows(units: Sequence[int], width: int) -> list[int]:
+    return [unit * width + i for unit in units for i in range(width)]
+
+
+def cut(state: dict[str, Tensor], family: str, block: str, keep: dict[str, list[int]]) -> None:
+    """Slices one block's tensors of a state dictionary; `keep` holds heads, KV heads and neurons."""
+    hidden = HEADS * HEAD
+    index = {"ffn": keep["ffn"], "heads": rows(keep["heads"], HEAD), "kv": rows(keep.get("kv", []), HEAD)}
+    index["parts"] = [part * hidden + i for part in range(3) for i in index["heads"]]
+    for path, (unit, dim) in CUTS.get(family, LLAMA_CUTS).items():
+        kept = torch.tensor(index[unit])
+        name = f"{block}.{path}.weight"
+        state[name] = state[name].index_select(dim, kept)
+        is_out = dim == (1 if family == "gpt2" else 0)
+        if is_out and f"{block}.{path}.bias" in state:
+            state[f"{block}.{path}.bias"] = state[f"{block}.{path}.bias"][kept]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_narrower_blocks_equal_zeroed_units(family: str) -> None:
+    stock = tiny_model(family)
+    grouped = family in ("llama", "mistral", "qwen2", "qwen3")
+    neurons = torch.randperm(FFN, generator=torch.Generator().manual_seed(0))[:40].sort().values.tolist()
+    # Block 1 loses a KV group with its query heads. Block 2 loses a query head of each group, elsewhere one head.
+    kept = {
+        1: {"heads": [2, 3], "kv": [1], "ffn": neurons},
+        2: {"heads": [0, 3] if grouped else [0, 2, 3], "kv": [0, 1], "ffn": list(range(FFN))},
+    }
+    layers: dict[str, Any] = {}
+    for i, keep in kept.items():
+        layers[f"{i:02d}"] = {"num_attention_heads": len(keep["heads"])}
+        layers[f"{i:02d}"]["num_key_value_heads"] = len(keep["kv"] if grouped else keep["heads"])
+    layers["01"]["intermediate_size"] = len(neurons)
+    names = {module: name for name, module in stock.named_modules()}
+    state = dict(stock.state_dict())
+    for i, keep in kept.items():
+        cut(state, family, names[blocks_of(stock)[i]], keep)
+    model = heterogeneous(stock, layers, state)
+    ends = ENDS.get(family, LLAMA_ENDS)
+    for i, keep in kept.items():
+        for kind, columns in (("attention", rows(keep["heads"], HEAD)), ("ffn", keep["ffn"])):
+            weight = blocks_of(stock)[i].get_submodule(ends[kind]).weight.data
+            weight = weight if family == "gpt2" else weight.T
+            gone = torch.ones(len(weight), dtype=torch.bool)
+            gone[columns] = False
+            weight[gone] = 0
+    assert same(family, stock, model)
+
+
+def test_fewer_kv_groups_alone_keep_the_query_heads() -> None:
+    attention = blocks_of(heterogeneous(tiny_model("llama"), {"01": {"num_key_value_heads": 1}}))[1].self_attn
+    assert attention.k_proj.weight.shape == (HEAD, 32)
+    assert attention.q_proj.out_features == HEADS * HEAD
+    assert attention.num_key_value_groups == HEADS
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"01": {"skip": ["ffn"]}}, "per_layer_config.01"),
+        ({"01": {"head_dim": 4}}, "per_layer_config.01"),
+        ({"04": {"skip": ["mlp"]}}, "no such block"),
+        ({"01": {"num_key_value_heads": KV_HEADS, "num_attention_heads": 3}}, "3 heads on 2 KV heads"),
+        ({"01": {"intermediate_size": FFN + 1}}, "49 neurons"),
+    ],
+    ids=["skip", "key", "block", "heads", "neurons"],
+)
+def test_plan_that_is_not_understood_is_refused(layers: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        heterogeneous(tiny_model("llama"), layers)
+
+
+def test_newer_schema_is_refused() -> None:
+    config = modeling_prunekit.PrunekitLlamaConfig(
+        **FAMILIES["llama"][2], prunekit={"schema": 2, "per_layer_config": {"00": {"skip": ["mlp"]}}}
+    )
+    with pytest.raises(ValueError, match="schema 2"):
+        modeling_prunekit.PrunekitLlamaModel(config)
