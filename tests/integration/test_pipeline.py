@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import prunekit.pipeline.run as pipeline_run
+import prunekit.pipeline.carry_out as carry_out
 from prunekit import pipeline
 from prunekit.core.errors import PlanError, PrunekitError, UsageError
 from prunekit.core.recipe import load_recipe, parse_recipe
@@ -42,7 +42,7 @@ def step(kind: str, by: dict[str, Any], **budget: Any) -> dict[str, Any]:
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the two fresh processes out where another test of the same layout has them."""
     report = VerifyReport(Path(), ())
-    monkeypatch.setattr(pipeline_run, "_verified", lambda *arguments: report)
+    monkeypatch.setattr(carry_out, "_verified", lambda *arguments: report)
 
 
 BLOCK = step("blocks", {"score": "gardener"}, units=1)
