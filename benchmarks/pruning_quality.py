@@ -30,12 +30,14 @@ SOURCE = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Search:
-    """A search and its calibration."""
+    """A search, its calibration, and the share of what at which it ends."""
 
     knobs: dict[str, Any]
     sequences: int = 10
     length: int = 256
     data: str = "wikitext2"
+    until: float = 0.30
+    of: str = "params"
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ TABLE: dict[str, Search | Score] = {
     "sub-layers, distance (the paper)": Search({"candidates": "sublayers"}),
     "sub-layers, distance, front protected 0.4": Search({"candidates": "sublayers", "protect_front": 0.4}),
     "sub-layers, per parameter": Search({"candidates": "sublayers", "per": "params"}),
-    "attention only, distance": Search({"candidates": "attention"}),
+    "attention only, distance": Search({"candidates": "attention"}, until=0.5, of="kv_bytes"),
     "FFN only, distance": Search({"candidates": "ffn"}),
     "whole blocks, distance": Search({"candidates": "blocks"}),
     "pairs, distance": Search({"candidates": "pairs"}),
     "mixed, distance": Search({"candidates": "mixed"}),
     "mixed, per parameter": Search({"candidates": "mixed", "per": "params"}),
-    "mixed, per KV byte": Search({"candidates": "mixed", "per": "kv_bytes"}),
+    "mixed, per KV byte": Search({"candidates": "mixed", "per": "kv_bytes"}, until=0.5, of="kv_bytes"),
     "mixed, per millisecond": Search({"candidates": "mixed", "per": "latency_ms"}),
     "block influence": Score("block_influence"),
     "angular, best run": Score("angular", span="span"),
@@ -167,13 +169,13 @@ def prefix(bench: Bench, units: list[list[str]], share: float, of: str) -> list[
     return removed if bench.share(removed, of) >= share - 1e-9 else None
 
 
-def searched(bench: Bench, search: Search, share: float) -> tuple[list[list[str]], dict[str, Any]]:
+def searched(bench: Bench, search: Search, share: float, of: str = "params") -> tuple[list[list[str]], dict[str, Any]]:
     from prunekit.search.finercut import FinerCut
 
     evaluator = bench.evaluator(search)
     begin = time.perf_counter()
     order = FinerCut(**search.knobs).propose(
-        evaluator, lambda removed: bench.share(sorted(removed), "params") >= share - 1e-9
+        evaluator, lambda removed: bench.share(sorted(removed), of) >= share - 1e-9
     )
     return [list(step.units) for step in order.steps], {
         "search_s": round(time.perf_counter() - begin, 2),
@@ -197,7 +199,6 @@ def scored(bench: Bench, score: Score, share: float) -> list[list[str]]:
 
 
 def rows(bench: Bench, name: str, method: Search | Score) -> Iterator[dict[str, Any]]:
-    most = max(SHARES)
     if isinstance(method, Score):
         for share in SHARES:
             removed = prefix(bench, scored(bench, method, share), share, "params") or []
@@ -210,8 +211,7 @@ def rows(bench: Bench, name: str, method: Search | Score) -> Iterator[dict[str, 
             removed = [address for part in units for address in part]
             yield {"method": name, "share": share, "of": "params", **bench.row(removed), "search": facts}
         return
-    limit = 0.24 if method.knobs["candidates"] == "attention" else most
-    units, facts = searched(bench, method, limit)
+    units, facts = searched(bench, method, method.until, method.of)
     for of, shares in (("params", SHARES), ("kv_bytes", KV_SHARES), ("latency_ms", TIME_SHARES)):
         for share in shares:
             removed = prefix(bench, units, share, of)

@@ -174,7 +174,7 @@ class Stack:
         return max(1, max_bytes // (4 * (width if head is None else head.weight.shape[0])))
 
     def _way(self, state: State) -> str:
-        """How outputs come about: by the `head` alone, as the `output` of a model without one, or by the `whole` end."""
+        """How outputs come about: by the `head` alone, as the `output` of a model without one, by the `whole` end."""
         if self._found_way is None:
             head = self.model.get_output_embeddings()
             self._found_way = "output" if head is None else "head" if self._probe(head, state) else "whole"
@@ -203,7 +203,7 @@ class Stack:
                 raise _Reached
             return hidden
 
-        with _replaced({block: record for block in self._blocks}):
+        with _replaced(dict.fromkeys(self._blocks, record)):
             self._forward(inputs)
         if len(calls) != len(self._blocks):
             raise StructureError(
@@ -232,7 +232,7 @@ class Stack:
 
     def _passing(self, hidden: Tensor) -> dict[torch.nn.Module, Callable[..., Any]]:
         """Blocks that do nothing, but the last gives `hidden`, whatever comes in."""
-        return {block: lambda *args, **kwargs: hidden for block in self._blocks}
+        return dict.fromkeys(self._blocks, lambda *args, **kwargs: hidden)
 
     def _forward(
         self,

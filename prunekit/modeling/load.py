@@ -40,26 +40,15 @@ def load_model(
     Raises:
         CheckpointError: if the class is not known, or a tensor is missing, unexpected or of another shape.
     """
-    import torch
-
     folder = Path(folder)
     config = _config(folder)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"`{folder}` holds no safetensors files", why="pickled weights are never read")
     with quiet():
         cls = _model_class(folder, config, trust_remote_code)
-        options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         try:
-            model, info = cls.from_pretrained(
-                folder,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **options,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            model, info = _read(cls, folder, dtype, trust_remote_code)
+        except Exception as error:
             raise CheckpointError(f"`{folder}` cannot be loaded", why=_first_line(error)) from error
         _require_all(folder, info, type(model).__name__)
         loaded: PreTrainedModel = model.to(device).eval()
@@ -85,9 +74,25 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        except Exception as error:
             raise CheckpointError(f"the tokenizer in `{folder}` cannot be loaded", why=_first_line(error)) from error
     return tokenizer
+
+
+def _read(cls: Any, folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers noticed about its tensors."""
+    import torch
+
+    model, info = cls.from_pretrained(
+        folder,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+    return model, info
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.pytorch_utils import Conv1D
 
 SCHEMA = 1
-# What the configuration calls the two kinds of sub-layer.
+# What the configuration calls the two kinds of sub-layer, and the widths that a block can have of its own.
 SKIPS = {"attention": "attention", "mlp": "ffn"}
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+# What Linear and Conv1D call their two sizes.
+_SIDES = {"out": ("out_features", "nf"), "in": ("in_features", "nx")}
 
 
 class _NoAttention(nn.Module):
@@ -222,13 +224,16 @@ def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None
         if wrong or not 0 <= int(key) < len(blocks):
             raise ValueError(f"`prunekit.per_layer_config.{key}` is not understood: {sorted(wrong) or 'no such block'}")
         block = blocks[int(key)]
-        _narrow_block(block, layer, config)
+        _narrow_heads(block, layer, config)
+        if "intermediate_size" in layer:
+            _narrow_ffn(block, layer["intermediate_size"])
         for name in skipped:
             skip(block, SKIPS[name])
     _compact_cache(blocks, config)
 
 
-def _narrow_block(block: nn.Module, layer: Mapping[str, Any], config: transformers.PreTrainedConfig) -> None:
+def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transformers.PreTrainedConfig) -> None:
+    """Gives a block's attention its heads; families without KV groups have as many KV heads as query heads."""
     heads = config.num_attention_heads
     grouped = getattr(config, "num_key_value_heads", None)
     kv = grouped or heads
@@ -236,23 +241,27 @@ def _narrow_block(block: nn.Module, layer: Mapping[str, Any], config: transforme
     new_kv = layer.get("num_key_value_heads", kv if grouped else new_heads)
     if not 0 < new_kv <= kv or not 0 < new_heads <= heads or new_heads % new_kv or not (grouped or new_kv == new_heads):
         raise ValueError(f"a block cannot have {new_heads} heads on {new_kv} KV heads, the model has {heads} on {kv}")
-    if (new_heads, new_kv) != (heads, kv):
-        attention = _sublayer(block, "attention")
-        _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv)})
-        counts = {"num_attention_heads": new_heads, "num_heads": new_heads, "num_key_value_heads": new_kv}
-        _set_counts(block.get_submodule(attention.counts), {**counts, "num_key_value_groups": new_heads // new_kv})
-        for name in ("split_size", "all_head_size"):
-            core = block.get_submodule(attention.counts)
-            if hasattr(core, name):
-                setattr(core, name, getattr(core, name) * new_heads // heads)
-    if "intermediate_size" in layer:
-        ffn = _sublayer(block, "ffn")
-        first = block.get_submodule(next(iter(ffn.linears)))
-        neurons, new_neurons = first.weight.shape[_dim(first, "out")], layer["intermediate_size"]
-        if not 0 < new_neurons <= neurons:
-            raise ValueError(f"a block cannot have {new_neurons} neurons, the model has {neurons}")
-        _narrow_linears(block, ffn, {"ffn": (new_neurons, neurons)})
-        _set_counts(block.get_submodule(ffn.counts), {"intermediate_size": new_neurons})
+    if (new_heads, new_kv) == (heads, kv):
+        return
+    attention = _sublayer(block, "attention")
+    _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv)})
+    core = block.get_submodule(attention.counts)
+    counts = {"num_attention_heads": new_heads, "num_heads": new_heads, "num_key_value_heads": new_kv}
+    counts["num_key_value_groups"] = new_heads // new_kv
+    for name in ("split_size", "all_head_size"):
+        counts[name] = getattr(core, name, 0) * new_heads // heads
+    _set_counts(core, counts)
+
+
+def _narrow_ffn(block: nn.Module, new: int) -> None:
+    """Gives a block's FFN so many neurons."""
+    ffn = _sublayer(block, "ffn")
+    first = block.get_submodule(next(iter(ffn.linears)))
+    neurons = first.weight.shape[_dim(first, "out")]
+    if not 0 < new <= neurons:
+        raise ValueError(f"a block cannot have {new} neurons, the model has {neurons}")
+    _narrow_linears(block, ffn, {"ffn": (new, neurons)})
+    _set_counts(block.get_submodule(ffn.counts), {"intermediate_size": new})
 
 
 def _narrow_linears(block: nn.Module, sublayer: _SubLayer, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -264,9 +273,7 @@ def _narrow_linears(block: nn.Module, sublayer: _SubLayer, counts: Mapping[str, 
         layer.weight = nn.Parameter(layer.weight.detach().narrow(dim, 0, size).clone())
         if side == "out" and layer.bias is not None:
             layer.bias = nn.Parameter(layer.bias.detach().narrow(0, 0, size).clone())
-        setattr(
-            layer, {"out": ("out_features", "nf"), "in": ("in_features", "nx")}[side][isinstance(layer, Conv1D)], size
-        )
+        setattr(layer, _SIDES[side][isinstance(layer, Conv1D)], size)
 
 
 def _dim(layer: nn.Module, side: str) -> int:
@@ -284,7 +291,8 @@ def _compact_cache(blocks: nn.ModuleList, config: transformers.PreTrainedConfig)
     """Lets the attention that is left fill the KV cache from its first layer on.
 
     transformers asks the first layer of a cache (and the first one of each layer type) how many tokens it holds; one
-    that belongs to a removed attention holds none, and positions and masks would be those of an empty cache.
+    that belongs to a removed attention holds none, and positions and masks would be those of an empty cache. Where no
+    attention is left at all nothing counts tokens: `generate` passes positions on, other callers of GPT-2 have to.
     """
     kept = [present(block, "attention") for block in blocks]
     if all(kept) or not any(kept):
@@ -578,20 +586,13 @@ class PrunekitViTForImageClassification(_Pruned, transformers.ViTForImageClassif
     _auto_class = "AutoModelForImageClassification"
 
 
-def _introduce(classes: Sequence[type[Any]]) -> None:
+def _introduce(classes: Sequence[Any]) -> None:
     """Tells transformers which class belongs to which configuration, and how older checkpoints name its tensors."""
     for cls in classes:
         getattr(transformers, cls._auto_class).register(cls.config_class, cls, exist_ok=True)
-        stock = cls.__mro__[2].__name__
-        renaming = get_checkpoint_conversion_mapping(stock)
+        renaming = get_checkpoint_conversion_mapping(cls.__bases__[1].__name__)
         if renaming is not None:
             register_checkpoint_conversion_mapping(cls.__name__, renaming, overwrite=True)
 
 
-_introduce(
-    [
-        cls
-        for cls in list(globals().values())
-        if isinstance(cls, type) and issubclass(cls, _Pruned) and cls is not _Pruned
-    ]
-)
+_introduce(_Pruned.__subclasses__())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 # Kinds of candidate that keep to a kind of unit.
 ALLOWED = {
@@ -38,7 +39,7 @@ def candidates(kind: str, addresses: Sequence[str], removed: frozenset[str], kep
     elif kind in ("attention", "ffn"):
         found = [(address,) for address in alive if kind_of(address) == kind]
     if kind in ("pairs", "mixed"):
-        found += [pair for pair in zip(alive, alive[1:]) if _leaves_turns(alive, pair)]  # noqa: B905 (one is shorter)
+        found += [pair for pair in pairwise(alive) if _leaves_turns(alive, pair)]
     return [units for units in found if len(units) < len(alive) and not kept.intersection(units)]
 
 
@@ -53,7 +54,7 @@ def _leaves_turns(alive: Sequence[str], pair: Units) -> bool:
 
 
 def ordered(units: Iterable[Units], kind: str, addresses: Sequence[str], kept: frozenset[str]) -> list[Units] | None:
-    """The units in an order in which each is a candidate when its turn comes, as early as it may; None if there is none.
+    """The units in an order in which each is a candidate when its turn comes; None if there is no such order.
 
     Args:
         units: addresses that go together, in the order that is wanted.
@@ -75,7 +76,8 @@ def front(addresses: Sequence[str], kind: str, protect: float) -> tuple[frozense
     """Sub-layers at the front that are withheld at first, and how many must be gone before they are handed back.
 
     The paper's rule for n sub-layers: the first floor(n x protect / 2) + 1 blocks are withheld until
-    floor(n x protect) + 1 sub-layers are gone. Where only one kind of sub-layer may go, n counts that kind, one a block.
+    floor(n x protect) + 1 sub-layers are gone. Where only one kind of sub-layer may go, n counts that kind, one in a
+    block.
 
     Args:
         protect: the paper's rate; 0 withholds nothing.

@@ -24,8 +24,8 @@ class Distance:
         each: (reference, output) -> float [positions]; both [positions, width], the output may be overwritten. The
             reference is log-probabilities where `probabilities`, else outputs.
         probabilities: outputs are logits, and their softmax is compared.
-        growth: how the distance grows while far-apart sub-layers go one by one: `even`, `ceiling` (the same, but slowing
-            down towards log 2) or `root` (its square grows evenly, as with lengths and angles).
+        growth: how the distance grows while far-apart sub-layers go one by one: `even`, `ceiling` (the same, but
+            slowing down towards log 2) or `root` (its square grows evenly, as with lengths and angles).
         by_sequence: the root of the sum over a sequence, averaged over sequences; else the mean over positions.
     """
 
@@ -98,7 +98,7 @@ def _kl(reference: Tensor, output: Tensor) -> Tensor:
 
 
 def _middle(reference: Tensor, logs: Tensor, probabilities: Tensor) -> Tensor:
-    """Probabilities half-way between; the smallest number stands for zero, whose logarithm nothing is multiplied with."""
+    """Probabilities half-way between; the smallest number stands for zero, so that its logarithm is finite."""
     middle = reference.exp().add_(probabilities).mul_(0.5)
     return middle.clamp_(min=torch.finfo(logs.dtype).tiny)
 

@@ -26,8 +26,8 @@ _CPU_REFERENCE_BYTES = 1024 * _MIB
 _GPU_IDLE_TOKENS = 8192
 # A part is so many times as large as those before it together. A GPU pays for each part, a CPU for its tokens alone.
 _GPU_GROWTH = 7
-# Least tokens of a part on a CPU: matrix products on fewer rows are slower a row.
-_PART_TOKENS = 128
+# Least outputs of a part: fewer say too little about the others, and matrix products on fewer rows are slower a row.
+_PART_POSITIONS = 128
 _REPEATS = 5
 
 
@@ -74,16 +74,18 @@ class Evaluator:
 
     def _split(self, inputs: dict[str, Tensor], free: int, batch_tokens: int | None) -> list[Part]:
         sequences = next(iter(inputs.values())).shape[0]
-        first = self.stack.enter({name: value[:1] for name, value in inputs.items()}).hidden
+        first = self.stack.enter({name: value[:1] for name, value in inputs.items()})
+        tokens = first.hidden.shape[1]
+        positions = 1 if self.stack.features(first.hidden, first).dim() == 2 else tokens
         if batch_tokens is None:
             batch_tokens = _gpu_batch_tokens(self.stack.model, free) if self._cuda else _CPU_BATCH_TOKENS
-        self._batch_tokens = max(batch_tokens, first.shape[1])
-        least = 1 if self._cuda else -(-_PART_TOKENS // first.shape[1])
+        self._batch_tokens = max(batch_tokens, tokens)
+        least = -(-_PART_POSITIONS // positions)
         piece = min(1024 * _MIB, max(_CPU_PIECE_BYTES, free // 16)) if self._cuda else _CPU_PIECE_BYTES
         kept = free // 4 if self._cuda else _CPU_KEPT_BYTES
         parts, begin = [], 0
         growth = _GPU_GROWTH if self._cuda else 1
-        for size in _sizes(sequences, least, growth, self._batch_tokens // first.shape[1]):
+        for size in _sizes(sequences, least, growth, self._batch_tokens // tokens):
             some = {name: value[begin : begin + size] for name, value in inputs.items()}
             parts.append(Part(self.stack, some, piece, max(1, kept * size // sequences)))
             begin += size

@@ -9,8 +9,8 @@ from prunekit.core.errors import EvaluationError, PlanError
 from prunekit.core.types import OrderStep
 from prunekit.search._candidates import Units, candidates, front, ordered
 from prunekit.search._evaluator import Evaluator
-from prunekit.search._memory import Memory
-from prunekit.search._race import Runner, race
+from prunekit.search._memory import Memory, levels
+from prunekit.search._race import Runner, Trust, race
 
 
 class Greedy:
@@ -21,17 +21,19 @@ class Greedy:
         kind: what goes in one step, as for `candidates`.
         per: what the added distance is divided by; None for none.
         protect_front: the paper's rate.
-        exact: runs all candidates at every step.
+        trust: what candidates are skipped by; None runs them all at every step.
     """
 
-    def __init__(self, evaluator: Evaluator, kind: str, per: str | None, protect_front: float, exact: bool) -> None:
+    def __init__(
+        self, evaluator: Evaluator, kind: str, per: str | None, protect_front: float, trust: Trust | None = None
+    ) -> None:
         self.steps: list[OrderStep] = []
         self._evaluator = evaluator
         self._kind = kind
         self._per = per
-        self._exact = exact
+        self._trust = trust
         self._front, self._released_after = front(evaluator.addresses, kind, protect_front)
-        self._memory = Memory()
+        self._memory = Memory(trust or Trust())
 
     def step(self) -> None:
         """Removes the best candidate.
@@ -91,8 +93,8 @@ class Greedy:
         return (distance - self._evaluator.mean(runner.base)) / self._saved(runner.units)
 
     def _best(self, runners: list[Runner], value: Callable[[Runner, float], float], limit: float = math.inf) -> Runner:
-        if not self._exact:
-            return race(self._evaluator, runners, value, limit)
+        if self._trust is not None:
+            return race(self._evaluator, runners, value, self._trust, limit)
         for runner, found in zip(runners, self._evaluator.whole([r.removed for r in runners]), strict=True):
             runner.found = list(found)
         return min(runners, key=lambda runner: value(runner, self._evaluator.mean(runner.found)))
@@ -104,10 +106,10 @@ class Greedy:
         runners, gone = [], []
         for step, removed, base in zip(self.steps, without, evaluator.whole(without), strict=True):
             alive = [address for address in evaluator.addresses if address not in removed]
-            memory.went(step.units, alive)
+            changed = levels(step.units, alive)
             for units in self._candidates(removed):
                 if units != step.units and enough(removed | set(units)) and self._exchanged(step.units, units):
-                    runners.append(memory.runner(units, removed, base))
+                    runners.append(memory.runner(units, removed, base, changed))
                     gone.append(step.units)
         if not runners:
             return False

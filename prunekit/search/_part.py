@@ -1,4 +1,4 @@
-"""Some of the calibration sequences: their hidden states inside the cut model, and the distance of candidates on them."""
+"""Some of the calibration sequences: their hidden states in the cut model, and how far candidates are off on them."""
 
 from __future__ import annotations
 

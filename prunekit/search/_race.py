@@ -10,10 +10,41 @@ from dataclasses import dataclass, field
 from prunekit.search._candidates import Units
 from prunekit.search._evaluator import Evaluator
 
-# Least share of the expected added distance on the other parts, once a candidate was looked at on some: where its added
-# distance on these was known from an earlier step, and where nothing was.
-_TRUST_LOOK = 0.5
-_TRUST_FIRST_LOOK = 0.4
+
+@dataclass(frozen=True)
+class Trust:
+    """How much of what a candidate added to the distance earlier, or elsewhere, it adds at least now and here.
+
+    Added distances change little while units far away go; what they fall by comes from neighbours, most of all from the
+    other sub-layer of the same block. docs/concepts/finercut.md has the measurements behind these numbers.
+
+    Args:
+        beside: when the next or the previous surviving sub-layer went since.
+        near: when one went that was two or three places away.
+        far: when only others went.
+        fade: times this for every step further back that it was measured.
+        least: what fading stops at.
+        look: on parts not yet run, after a look at others told how it changed there.
+        first_look: on parts never run, from those that were.
+    """
+
+    beside: float = 0.1
+    near: float = 0.4
+    far: float = 0.7
+    fade: float = 0.95
+    least: float = 0.4
+    look: float = 0.6
+    first_look: float = 0.4
+
+    def after(self, level: int, steps: int) -> float:
+        """Share to count on.
+
+        Args:
+            level: 0 beside, 1 near, 2 far.
+            steps: removals since it was measured, from 1 on.
+        """
+        fresh = (self.beside, self.near, self.far)[level]
+        return max(min(fresh, self.least), fresh * self.fade ** (steps - 1))
 
 
 @dataclass(eq=False)
@@ -25,7 +56,8 @@ class Runner:
         removed: all sub-layers missing in the model that it stands for.
         base: distance on every part of the model that it adds to.
         added: expected added distance on every part, evened; None where nothing is known.
-        trust: least share of the expectation that is counted on; 0 counts on nothing.
+        seen: how many parts, from the first on, that was measured on; on the others it is a guess.
+        share: least share of the expectation that is counted on; 0 counts on nothing.
         found: distances measured, first part first.
     """
 
@@ -33,52 +65,56 @@ class Runner:
     removed: frozenset[str]
     base: tuple[float, ...]
     added: tuple[float, ...] | None = None
-    trust: float = 0.0
+    seen: int = 0
+    share: float = 0.0
     found: list[float] = field(default_factory=list)
 
-    def measured(self, evaluator: Evaluator) -> tuple[float, ...]:
-        """Added distance, evened, on the parts measured."""
-        evened = evaluator.distance.evened
-        return tuple(evened(found) - evened(base) for found, base in zip(self.found, self.base, strict=False))
+    def expected(self, evaluator: Evaluator) -> list[float]:
+        """Added distance, evened, on all parts: as measured, or as expected now; empty where nothing is known."""
+        weights, even = evaluator.weights, evaluator.distance.evened
+        now = [even(found) - even(base) for found, base in zip(self.found, self.base, strict=False)]
+        if not now:
+            return list(self.added or ())
+        done = len(now)
+        if self.added is not None:
+            both = min(done, self.seen)
+            before = _mean(weights, self.added[:both])
+            # What rose on some parts may not have risen on others.
+            change = min(max(_mean(weights, now[:both]) / before, 0.0), 1.0) if before > 0 else 1.0
+            now += [change * value for value in self.added[done : self.seen]]
+        return now + [_mean(weights, now)] * (len(weights) - len(now))
 
-    def expected(self, evaluator: Evaluator) -> tuple[float, ...] | None:
-        """Added distance, evened, on all parts: measured, or expected, less what the measured parts lost."""
-        measured, weights = self.measured(evaluator), evaluator.weights
-        if not measured:
-            return self.added
-        done = len(measured)
-        seen = sum(w * m for w, m in zip(weights, measured, strict=False))
-        if self.added is None:
-            return measured + (seen / sum(weights[:done]),) * (len(weights) - done)
-        before = sum(w * m for w, m in zip(weights, self.added[:done], strict=False))
-        change = min(max(seen / before, 0.0), 1.0) if before > 0 else 1.0
-        return measured + tuple(change * value for value in self.added[done:])
-
-    def bound(self, evaluator: Evaluator) -> float:
+    def bound(self, evaluator: Evaluator, trust: Trust) -> float:
         """Distance on all data that the candidate will hardly stay below; exact once all parts are measured."""
         done = len(self.found)
         if done == len(evaluator.weights):
             return evaluator.mean(self.found)
         expected = self.expected(evaluator)
-        looked = _TRUST_FIRST_LOOK if self.added is None else _TRUST_LOOK
-        trust = looked if done else self.trust
-        if expected is None or not trust:
+        known = trust.look if done else self.share
+        if not expected or not known:
             return -math.inf
+        guessed = trust.first_look if done else self.share * trust.first_look
         even, distance = evaluator.distance.evened, evaluator.distance.from_evened
-        rest = [
-            distance(even(base) + (added * trust if added > 0 else added / trust))
-            for base, added in zip(self.base[done:], expected[done:], strict=True)
-        ]
-        return evaluator.mean([*self.found, *rest])
+        values = list(self.found)
+        for part in range(done, len(expected)):
+            share, added = known if part < self.seen else guessed, expected[part]
+            values.append(distance(even(self.base[part]) + (added * share if added > 0 else added / share)))
+        return evaluator.mean(values)
+
+
+def _mean(weights: Sequence[float], values: Sequence[float]) -> float:
+    used = weights[: len(values)]
+    return sum(weight * value for weight, value in zip(used, values, strict=True)) / sum(used)
 
 
 def race(
     evaluator: Evaluator,
     runners: Sequence[Runner],
     value: Callable[[Runner, float], float],
+    trust: Trust,
     limit: float = math.inf,
 ) -> Runner:
-    """The candidate of the smallest value, the first of equals; only its distance is known for sure.
+    """The candidate of the smallest value, the first of equals.
 
     Whoever may be the best goes on by one part of the data, until one has run over all of it and nobody's bound is
     below.
@@ -88,24 +124,23 @@ def race(
         limit: no candidate is wanted that does not stay below; the one returned then may have parts left.
     """
     parts = len(evaluator.weights)
-    heap = [(value(runner, runner.bound(evaluator)), i) for i, runner in enumerate(runners)]
+    heap = [(value(runner, runner.bound(evaluator, trust)), i) for i, runner in enumerate(runners)]
     heapq.heapify(heap)
     while True:
         bound, first = heap[0]
         part = len(runners[first].found)
         if part == parts or bound >= limit:
             return runners[first]
-        together, others = [], []
-        while heap and len(together) < evaluator.width(part):
+        together: list[int] = []
+        others: list[tuple[float, int]] = []
+        while heap and len(together) < evaluator.width(part) and len(runners[heap[0][1]].found) < parts:
             entry = heapq.heappop(heap)
-            done = len(runners[entry[1]].found)
-            if done == parts:
+            if len(runners[entry[1]].found) == part:
+                together.append(entry[1])
+            else:
                 others.append(entry)
-                break
-            (together if done == part else others).append(entry)
-        found = evaluator.measure([runners[i].removed for _, i in together], part)
-        for (_, i), distance in zip(together, found, strict=True):
+        for i, distance in zip(together, evaluator.measure([runners[i].removed for i in together], part), strict=True):
             runners[i].found.append(distance)
-            heapq.heappush(heap, (value(runners[i], runners[i].bound(evaluator)), i))
+            heapq.heappush(heap, (value(runners[i], runners[i].bound(evaluator, trust)), i))
         for entry in others:
             heapq.heappush(heap, entry)

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
-from prunekit.core.types import Order, OrderStep
+from prunekit.core.types import Order
 
 if TYPE_CHECKING:
     from prunekit.search._evaluator import Evaluator
@@ -20,22 +20,22 @@ Enough = Callable[[frozenset[str]], bool]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FinerCut:
-    """Removes one sub-layer after the other, always the one without which the outputs stay closest to the dense model's.
+    """Removes sub-layers one by one, always the one without which the outputs stay closest to the dense model's.
 
     Distances are measured with everything removed so far, on every position of the calibration data. A candidate runs
     only from the first sub-layer on that it changes. Most candidates are not run at every step: what they added to the
     distance when they were last run tells that they are not the best now. `exact: true` runs them all.
 
     Args:
-        distance: how outputs are compared. js: Jensen-Shannon divergence of the next-word probabilities; js_released: as
-            the authors' code computes it, with the arguments of both divergences exchanged; kl: Kullback-Leibler
+        distance: how outputs are compared. js: Jensen-Shannon divergence of the next-word probabilities; js_released:
+            as the authors' code computes it, with the arguments of both divergences exchanged; kl: Kullback-Leibler
             divergence from the dense model; angular: angle between logits; norm: length of their difference. A model
             without logits takes angular or norm, on its last hidden states.
-        candidates: what goes in one step: sublayers, attention, ffn, blocks, pairs (two neighbours whose removal leaves
-            attention and FFN taking turns, so that the result is a shorter stock model) or mixed (sub-layers and pairs).
-            null: the step's kind of unit.
-        per: null takes the smallest distance, as the paper does; params, flops, kv_bytes or latency_ms takes the smallest
-            distance added for what is saved. Latency is measured on the calibration data.
+        candidates: what goes in one step: sublayers, attention, ffn, blocks, pairs (two neighbours whose removal
+            leaves attention and FFN taking turns, so that the result is a shorter stock model) or mixed (sub-layers
+            and pairs). null: the step's kind of unit.
+        per: null takes the smallest distance, as the paper does; params, flops, kv_bytes or latency_ms takes the
+            smallest distance added for what is saved. Latency is measured on the calibration data.
         protect_front: the paper's rate x. Of n sub-layers, those of the first floor(n x / 2) + 1 blocks stay until
             floor(n x) + 1 others are gone; 0 protects none.
         exact: runs every candidate at every step.
@@ -80,11 +80,12 @@ class FinerCut:
             EvaluationError: if every candidate's outputs overflow.
         """
         from prunekit.search._greedy import Greedy
+        from prunekit.search._race import Trust
 
         chosen = self._kind(kind)
         with progress.task("searching", unit="candidates") as task:
             evaluator.begin(self.distance, task.advance)
-            greedy = Greedy(evaluator, chosen, self.per, self.protect_front, self.exact)
+            greedy = Greedy(evaluator, chosen, self.per, self.protect_front, None if self.exact else Trust())
             while not enough(evaluator.removed):
                 greedy.step()
             swaps = greedy.swap(self.swaps, enough)

@@ -26,8 +26,8 @@ class SubLayers(Protocol):
 class Replay:
     """Removes units in the order of a file that `prunekit score --output` wrote, without running the model.
 
-    The order of a search does not depend on the budget, so the first steps of a long one are what a smaller budget would
-    have found.
+    The order of a search without swaps does not depend on the budget, so the first steps of a long one are what a
+    smaller budget would have found.
 
     Args:
         file: path of the JSON file.
@@ -91,7 +91,7 @@ def _read(path: Path) -> tuple[str, tuple[OrderStep, ...]]:
         raise UsageError(f"`{path}` is not JSON", why=str(error), hint=hint) from error
     results = data.get("results") if isinstance(data, dict) else None
     try:
-        (order,) = results or ()
+        (order,) = list(results or [])
         steps = tuple(OrderStep(tuple(step["units"]), float(step["distance"])) for step in order["steps"])
         method = str(order["method"])
     except (TypeError, KeyError, ValueError) as error:
@@ -107,27 +107,23 @@ def _check(steps: Collection[OrderStep], kind: str, evaluator: SubLayers, file: 
     units = [unit for step in steps for unit in step.units]
     unknown = sorted(set(units) - set(evaluator.addresses))
     if unknown:
-        raise PlanError(
-            f"the model has no `{unknown[0]}`", why=f"{len(unknown)} units of the order are not in it", at=file
-        )
-    if len(set(units)) < len(units):
-        twice = next(unit for unit in units if units.count(unit) > 1)
-        raise PlanError(f"the order removes `{twice}` twice", at=file)
+        why = f"{len(unknown)} units of the order are not in it"
+        raise PlanError(f"the model has no `{unknown[0]}`", why=why, at=file)
+    twice = [unit for unit in units if units.count(unit) > 1]
+    if twice:
+        raise PlanError(f"the order removes `{twice[0]}` twice", at=file)
     safe = sorted(evaluator.protected.intersection(units))
     if safe:
-        raise PlanError(
-            f"the order removes `{safe[0]}`, which is protected", hint="search again with `protect`", at=file
-        )
-    if kind in ("attention", "ffn"):
-        others = [unit for unit in units if unit.rpartition(".")[2] != kind]
-    elif kind == "blocks":
-        whole = [
-            {a for a in evaluator.addresses if a.startswith(step.units[0].rpartition(".")[0] + ".")} for step in steps
-        ]
-        others = [step.units[0] for step, block in zip(steps, whole, strict=True) if set(step.units) != block]
-    else:
-        others = []
+        hint = "search again with `protect`"
+        raise PlanError(f"the order removes `{safe[0]}`, which is protected", hint=hint, at=file)
+    others = [step.units[0] for step in steps if not _is_of(step.units, kind, evaluator.addresses)]
     if others:
-        raise UsageError(
-            f"the order is not of {kind}", why=f"it removes `{others[0]}`", hint="use `remove: sublayers`", at=file
-        )
+        why, hint = f"it removes `{others[0]}`", "use `remove: sublayers`"
+        raise UsageError(f"the order is not of {kind}", why=why, hint=hint, at=file)
+
+
+def _is_of(units: tuple[str, ...], kind: str, addresses: tuple[str, ...]) -> bool:
+    if kind == "blocks":
+        block = units[0].rpartition(".")[0]
+        return set(units) == {address for address in addresses if address.rpartition(".")[0] == block}
+    return kind == "sublayers" or all(unit.rpartition(".")[2] == kind for unit in units)

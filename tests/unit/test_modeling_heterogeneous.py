@@ -139,6 +139,13 @@ def test_narrower_blocks_equal_zeroed_units(family: str) -> None:
     assert same(family, stock, model)
 
 
+def test_scores_scaled_by_block_number_keep_their_number() -> None:
+    stock = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    model = without(stock, (0, "attention"))
+    mask(blocks_of(stock)[0], "gpt2", "attention")
+    assert same("gpt2", stock, model)
+
+
 def test_fewer_kv_groups_alone_keep_the_query_heads() -> None:
     attention = blocks_of(heterogeneous(tiny_model("llama"), {"01": {"num_key_value_heads": 1}}))[1].self_attn
     assert attention.k_proj.weight.shape == (HEAD, 32)

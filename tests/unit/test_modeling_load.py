@@ -98,10 +98,12 @@ def test_other_heads_load(family: str, head: str, tmp_path: Path) -> None:
     assert torch.equal(logits(family, loaded), logits(family, model))
 
 
-def test_folder_without_architectures_loads_its_base_model(tmp_path: Path) -> None:
-    write_tiny("bert", tmp_path)
+@pytest.mark.parametrize("skips", [(), ((0, "mlp"),)], ids=["stock", "heterogeneous"])
+def test_folder_without_architectures_loads_its_base_model(skips: Any, tmp_path: Path) -> None:
+    stock = tiny_model("bert")
+    (without(stock, *skips) if skips else stock).save_pretrained(tmp_path)
     change(tmp_path, architectures=None)
-    assert type(load_model(tmp_path)).__name__ == "BertModel"
+    assert type(load_model(tmp_path)).__name__ == ("PrunekitBertModel" if skips else "BertModel")
 
 
 def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
@@ -159,6 +161,13 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(CheckpointError, match="no safetensors"):
+        load_model(tmp_path)
+
+
+def test_damaged_file_is_an_error(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a header")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_model(tmp_path)
 
 

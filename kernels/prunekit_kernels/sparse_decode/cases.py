@@ -97,8 +97,8 @@ def _counts(case: Case, generator: torch.Generator) -> Tensor:
         most = case.tokens if case.reads == "ragged" else max(1, case.tokens // 3)
         counts = torch.randint(fewest, most + 1, shape, generator=generator, dtype=torch.int32)
         if case.reads == "ragged":
-            counts.view(-1)[0] = case.tokens
             counts.view(-1)[-1] = 0
+            counts.view(-1)[0] = case.tokens
     return counts.expand(case.batch, case.kv_heads).contiguous()
 
 

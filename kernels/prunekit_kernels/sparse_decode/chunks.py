@@ -19,7 +19,7 @@ class Chunks(NamedTuple):
     tokens: int
 
 
-def _times(n_lists: int, longest: int, total: int, step: int, slots: int) -> list[tuple[Chunks, float]]:
+def _times(n_lists: int, longest: int, total: int, step: int, slots: int) -> list[tuple[Chunks, int]]:
     """Every cut worth a thought, fewest chunks first, with its expected time in tokens read by one program."""
     steps = max(1, -(-longest // step))
     # Shorter lists have fewer chunks: programs without one leave at once.

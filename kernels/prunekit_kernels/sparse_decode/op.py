@@ -21,7 +21,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def refusal(q: Tensor, k: Tensor, kv_heads: int) -> str:
+def refusal(q: Tensor, k: Tensor, v: Tensor, kv_heads: int) -> str:
     """Why no kernel takes these tensors, or an empty string if one does."""
     if q.device.type != "cuda":
         return f"the tensors are on `{q.device.type}`, the kernels need a CUDA device"
@@ -29,19 +29,16 @@ def refusal(q: Tensor, k: Tensor, kv_heads: int) -> str:
         return "triton is not installed"
     if q.dtype not in HALF:
         return f"dtype {q.dtype} is not one of bfloat16, float16"
-    if k.dtype != q.dtype:
-        return f"the cache is {k.dtype}, the queries are {q.dtype}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"the cache is {k.dtype} and {v.dtype}, the queries are {q.dtype}"
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        return "the last dimension of the cache is not contiguous"
     if q.shape[-1] not in HEAD_SIZES:
         return f"head size {q.shape[-1]} is not one of {', '.join(map(str, HEAD_SIZES))}"
     rows = q.shape[1] // kv_heads * q.shape[2]
     if rows > MAX_ROWS:
         return f"{rows} queries of one key-value head are more than {MAX_ROWS}"
     return ""
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether the last dimension is contiguous and rows begin at multiples of 16 bytes, as the kernel's loads want."""
-    return tensor.stride(-1) == 1 and all(s % 8 == 0 for s in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
 
 
 @torch.library.custom_op("prunekit::sparse_decode", mutates_args=(), device_types="cpu")
@@ -59,11 +56,11 @@ def _decode_cuda(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, starts: Tensor, tokens: Tensor,
     page_tokens: int, paged: bool, longest: int, total: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if refusal(q, k, starts.shape[1]):
+    if refusal(q, k, v, starts.shape[1]):
         return decode_reference(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
     from prunekit_kernels.sparse_decode import portable
 
-    q, k, v = (t if _aligned(t) else t.contiguous() for t in (q, k, v))
+    q = q if q.stride(-1) == 1 else q.contiguous()
     return portable.launch(q, k, v, indices, starts, tokens, page_tokens, paged, longest, total, scale)
 
 
@@ -79,6 +76,9 @@ def _mismatch(q: Tensor, k: Tensor, v: Tensor, lists: PageLists) -> str:
     """What does not fit between tensors and lists, or an empty string."""
     batch, heads, _, dim = q.shape
     kv_heads = lists.starts.shape[1]
+    for name, tensor in (("indices", lists.indices), ("starts", lists.starts), ("tokens", lists.tokens)):
+        if tensor.dtype != torch.int32 or tensor.device != q.device:
+            return f"`{name}` is {tensor.dtype} on `{tensor.device}`, wanted int32 on `{q.device}`"
     if k.shape != v.shape or k.shape[-1] != dim:
         return f"keys {list(k.shape)}, values {list(v.shape)} and head size {dim} do not fit each other"
     if lists.starts.shape[0] != batch or lists.tokens.shape != lists.starts.shape:

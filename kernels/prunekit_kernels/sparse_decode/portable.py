@@ -54,14 +54,14 @@ def _page(list_at, at, last, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 
 # Without this the compiler builds one kernel for each divisibility of each number.
-@triton.jit(do_not_specialize=["chunk", "n_chunks"])
+@triton.jit(do_not_specialize=["chunk", "n_chunks", "group"])
 def _chunks(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, indices, starts, tokens,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kp, stride_kt, stride_vb, stride_vg, stride_vp,
-    stride_vt, chunk, n_chunks, scale_log2,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, ALIKE: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    stride_vt, chunk, n_chunks, group, scale_log2,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, ALIKE: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attention over one chunk; WHOLE says that there is but one, whose result is the final one."""
     if EARLY:
@@ -73,8 +73,8 @@ def _chunks(
     at_r = tl.arange(0, ROWS)
     at_d = tl.arange(0, BLOCK_D)
     d_mask = at_d < DIM
-    real = at_r < GROUP * QUERIES
-    head = kv * GROUP + at_r // QUERIES
+    real = at_r < group * QUERIES
+    head = kv * group + at_r // QUERIES
     query = at_r % QUERIES
     q_at = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64)[:, None] * stride_qh
     q_at += query[:, None] * stride_qs + at_d[None, :]
@@ -128,20 +128,20 @@ def _chunks(
         out = acc / safe_total[:, None]
         lse = tl.where(total == 0.0, float("-inf"), m + tl.log2(safe_total))
         # Rows of a list lie as [H / G, Q], so the final result needs no strides: it is contiguous [B, H, Q, D].
-        row = (line.to(tl.int64) * n_chunks + number) * (GROUP * QUERIES) + at_r
+        row = (line.to(tl.int64) * n_chunks + number) * (group * QUERIES) + at_r
         tl.store(lse_ptr + row, lse * LN2 if WHOLE else lse, mask=real)
         store = real[:, None] & d_mask[None, :]
         tl.store(out_ptr + row[:, None] * DIM + at_d[None, :], out.to(out_ptr.dtype.element_ty), mask=store)
 
 
-@triton.jit(do_not_specialize=["chunk", "n_chunks"])
+@triton.jit(do_not_specialize=["chunk", "n_chunks", "n_rows"])
 def _join(
-    part_ptr, part_lse, out_ptr, lse_ptr, tokens, chunk, n_chunks,
-    N_ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
+    part_ptr, part_lse, out_ptr, lse_ptr, tokens, chunk, n_chunks, n_rows,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row of the result from the chunks of its list."""
-    r = tl.program_id(0)
-    line = tl.program_id(1)
+    line = tl.program_id(0)
+    r = tl.program_id(1)
     n = tl.maximum(tl.cdiv(tl.load(tokens + line), chunk), 1)
     if EARLY:
         # Before this line nothing may be read that the chunks write.
@@ -152,7 +152,7 @@ def _join(
     l = tl.zeros([1], tl.float32)
     for first in range(0, n, STEP):
         number = first + tl.arange(0, STEP)
-        row = (line.to(tl.int64) * n_chunks + number) * N_ROWS + r
+        row = (line.to(tl.int64) * n_chunks + number) * n_rows + r
         lse = tl.load(part_lse + row, mask=number < n, other=float("-inf"))
         load = (number < n)[:, None] & (at_d < DIM)[None, :]
         part = tl.load(part_ptr + row[:, None] * DIM + at_d[None, :], mask=load, other=0.0)
@@ -163,7 +163,7 @@ def _join(
         acc = acc * alpha + tl.sum(part * weight[:, None], 0)
         l = l * alpha + tl.sum(weight, 0)
         m = m_new
-    out_row = line.to(tl.int64) * N_ROWS + r
+    out_row = line.to(tl.int64) * n_rows + r
     safe_l = tl.where(l == 0.0, 1.0, l)
     out = acc / safe_l
     tl.store(out_ptr + out_row * DIM + at_d, out.to(out_ptr.dtype.element_ty), mask=at_d < DIM)
@@ -214,21 +214,22 @@ def launch(
     part = out if whole else q.new_empty((*shape, dim), dtype=torch.float32)
     part_lse = lse if whole else q.new_empty(shape, dtype=torch.float32)
     block_d = triton.next_power_of_2(dim)
+    indices, starts, tokens = indices.contiguous(), starts.contiguous(), tokens.contiguous()
     _chunks[(chunks.n, kv_heads, batch)](
         q, k, v, part, part_lse, indices, starts, tokens,
         q.stride(0), q.stride(1), q.stride(2), *_strides(k, page_tokens, paged), *_strides(v, page_tokens, paged),
-        chunks.tokens, chunks.n, scale * 1.4426950408889634,
-        GROUP=heads // kv_heads, QUERIES=queries, ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim,
-        BLOCK_D=block_d, PAGE=page_tokens, TILE=tile.keys, ALIKE=k.stride() == v.stride(), WHOLE=whole, EARLY=tile.early and not whole,
+        chunks.tokens, chunks.n, heads // kv_heads, scale * 1.4426950408889634,
+        QUERIES=queries, ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, BLOCK_D=block_d, PAGE=page_tokens,
+        TILE=tile.keys, ALIKE=k.stride() == v.stride(), WHOLE=whole, EARLY=tile.early and not whole,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not whole:
-        _join[(rows, batch * kv_heads)](
-            part, part_lse, out, lse, tokens, chunks.tokens, chunks.n,
-            N_ROWS=rows, DIM=dim, BLOCK_D=block_d, STEP=16 if chunks.n <= 16 else 64, EARLY=tile.early,
-            num_warps=4, launch_pdl=tile.early,
+        _join[(batch * kv_heads, rows)](
+            part, part_lse, out, lse, tokens, chunks.tokens, chunks.n, rows,
+            DIM=dim, BLOCK_D=block_d, STEP=16 if chunks.n <= 16 else 64, EARLY=tile.early,
+            num_warps=4, **({"launch_pdl": True} if tile.early else {}),
         )  # fmt: skip
     return out, lse
