@@ -26,6 +26,8 @@ SHARES = (0.10, 0.15, 0.20, 0.25, 0.30)
 KV_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 TIME_SHARES = (0.10, 0.15, 0.20, 0.25, 0.30)
 SOURCE = "smollm2-135m-instruct"
+# As budgets of recipes count.
+ENOUGH = 0.995
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,10 @@ def prefix(bench: Bench, units: list[list[str]], share: float, of: str) -> list[
     """The first units that make up the share; None where all of them do not."""
     removed: list[str] = []
     for part in units:
-        if bench.share(removed, of) >= share - 1e-9:
+        if bench.share(removed, of) >= share * ENOUGH:
             break
         removed = removed + part
-    return removed if bench.share(removed, of) >= share - 1e-9 else None
+    return removed if bench.share(removed, of) >= share * ENOUGH else None
 
 
 def searched(bench: Bench, search: Search, share: float, of: str = "params") -> tuple[list[list[str]], dict[str, Any]]:
@@ -175,7 +177,7 @@ def searched(bench: Bench, search: Search, share: float, of: str = "params") -> 
     evaluator = bench.evaluator(search)
     begin = time.perf_counter()
     order = FinerCut(**search.knobs).propose(
-        evaluator, lambda removed: bench.share(sorted(removed), of) >= share - 1e-9
+        evaluator, lambda removed: bench.share(sorted(removed), of) >= share * ENOUGH
     )
     return [list(step.units) for step in order.steps], {
         "search_s": round(time.perf_counter() - begin, 2),

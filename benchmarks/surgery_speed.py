@@ -52,7 +52,7 @@ source, target, *blocks = sys.argv[1:]
 drop = [f"blocks.{block}.{part}" for block in blocks for part in ("attention", "ffn")]
 Plan.make(ModelView.open(Path(source)), drop=tuple(drop)).write(Path(target))
 """
-# Starts a program with its output on stderr; prints seconds to its end and to the end of a sync, and its peak in KiB.
+# Starts a program with its output on stderr; prints seconds to its end, to the end of a sync and of CPU, and KiB.
 LAUNCHER = """
 import os, sys, time
 begin = time.perf_counter()
@@ -60,7 +60,7 @@ child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os
 _, status, used = os.wait4(child, 0)
 seconds = time.perf_counter() - begin
 os.sync()
-print([seconds, time.perf_counter() - begin, used.ru_maxrss])
+print([seconds, time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss])
 sys.exit(os.waitstatus_to_exitcode(status) != 0)
 """
 
@@ -71,12 +71,14 @@ class Run:
 
     Args:
         work: seconds that the tool's own clock gives for the cut alone, without starting up; None where it has none.
+        cpu: seconds of CPU time, which other processes on the machine disturb least.
         peak_mb: largest resident set of the process, 10**6 bytes.
     """
 
     seconds: float
     flushed: float
     work: float | None
+    cpu: float
     peak_mb: float
 
 
@@ -109,10 +111,10 @@ def timed(command: list[str], log: Path) -> Run:
     text = log.read_text(errors="replace")
     if done.returncode:
         raise SystemExit(f"{command[0]} failed:\n{text[-3000:]}")
-    seconds, flushed, peak_kib = json.loads(done.stdout)
+    seconds, flushed, cpu_s, peak_kib = json.loads(done.stdout)
     last = text.strip().splitlines()[-1:] or [""]
     work = float(last[0]) if last[0].replace(".", "", 1).isdigit() else None
-    return Run(seconds, flushed, work, peak_kib * 1024 / 1e6)
+    return Run(seconds, flushed, work, cpu_s, peak_kib * 1024 / 1e6)
 
 
 def tensors(folder: Path) -> dict[str, tuple[Path, int, int, str]]:
@@ -216,6 +218,7 @@ def main() -> None:
         tools["mergekit"] = (source, theirs, command)
         tools["mergekit async"] = (source, theirs, [*command, "--async-write"])
 
+    load_before = round(os.getloadavg()[1], 1)
     states: dict[str, Callable[[Path], None]] = {"cold": forget, "warm": read_once}
     runs: dict[tuple[str, str], list[Run]] = {}
     for _ in range(given.rounds):
@@ -234,7 +237,8 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": version("torch"),
         "mergekit": mergekit_facts(given.mergekit).split()[0] if given.mergekit else "",
-        "load_before": round(os.getloadavg()[2], 1),
+        "load_before": load_before,
+        "load_after": round(os.getloadavg()[1], 1),
     }
     rows = []
     for (state, name), done in runs.items():
@@ -251,6 +255,7 @@ def main() -> None:
                 "flushed": round(statistics.median(run.flushed for run in done), 2),
                 "flushed_all": [round(run.flushed, 2) for run in done],
                 "work": round(statistics.median(work_s), 2) if work_s else None,
+                "cpu_s": round(statistics.median(run.cpu for run in done), 2),
                 "times_cp": round(
                     statistics.median(run.flushed for run in done)
                     / statistics.median(run.flushed for run in runs[state, "cp"]),

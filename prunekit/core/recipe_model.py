@@ -99,10 +99,16 @@ class Method(_Part):
 class Budget(_Part):
     """How much goes."""
 
-    remove: StrictFloat | None = Field(default=None, ge=0, lt=1, description="Fraction removed; give this or `units`.")
+    remove: StrictFloat | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Fraction removed at least, short of half a per cent of it; give this or `units`.",
+    )
     units: StrictInt | None = Field(default=None, ge=1, description="Count removed; give this or `remove`.")
     of: Literal["units", "params", "flops", "kv_bytes", "latency_ms"] = Field(
-        default="units", description="What the fraction is of."
+        default="units",
+        description="What the fraction is of. Embeddings and the head do not count.",
     )
     within: Literal["group", "kind", "model"] | None = Field(
         default=None,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from prunekit.core.recipe_model import Budget
     from prunekit.structure.view import ModelView
 
-# A sum of many costs may miss its target by rounding alone.
+# Six FFNs of SmolLM2 are 14.998 % of its block parameters: nobody who asks for 15 % wants a seventh to go.
+_SLACK = 0.005
 _NOISE = 1e-9
 UnitCost = Callable[[str, str], float]
 
@@ -62,8 +63,8 @@ class Target:
         return self._costs(address, self.of)
 
     def reached(self, removed: float) -> bool:
-        """Whether that much removed is enough."""
-        return removed >= self.amount * (1 - _NOISE) - _NOISE
+        """Whether that much removed is enough: all that was asked for, short of half a per cent of it."""
+        return removed >= self.amount * (1 - _SLACK) - _NOISE
 
 
 def protected(patterns: Iterable[str], units: Iterable[str]) -> frozenset[str]:

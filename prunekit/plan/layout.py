@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from prunekit.core.errors import PlanError
 from prunekit.modeling.families import HETERO_FAMILIES
 from prunekit.plan.cost import kept_widths
+from prunekit.structure.view import WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
@@ -76,12 +77,9 @@ def _stock(view: ModelView, plan: Plan, left: list[SubLayer]) -> tuple[Layout | 
     repacked = any(a != f for a, f in pairs)
     if repacked and view.arch.norm == "post":
         return None, "blocks lack sub-layers"
-    reason = _unequal(view, plan, left) or _config_limit(view, plan, left, moved=pairs != _unmoved(view))
+    moved = any(pair != (i, i) for i, pair in enumerate(pairs))
+    reason = _unequal(view, plan, left) or _config_limit(view, plan, left, moved)
     return (None, reason) if reason else (Layout("repacked" if repacked else "stock", pairs), "")
-
-
-def _unmoved(view: ModelView) -> tuple[Pair, ...]:
-    return tuple((i, i) for i in range(len(view.blocks)))
 
 
 def _unequal(view: ModelView, plan: Plan, left: list[SubLayer]) -> str:
@@ -91,11 +89,17 @@ def _unequal(view: ModelView, plan: Plan, left: list[SubLayer]) -> str:
         odd = next((i for i, widths in enumerate(found) if widths != found[0]), None)
         if odd is not None:
             return f"blocks have unequal widths: {_text(found[0])} and {_text(found[odd])}"
-    changed = {address.rpartition(".")[2] for address in plan.keep}
-    unsayable = sorted(changed - set(view.arch.stock_widths))
+    changed = _changed(view, plan, left)
+    unsayable = [kind for kind, (_, axis) in WIDTHS.items() if axis in changed and kind not in view.arch.stock_widths]
     if unsayable:
         return f"the configuration of `{view.model_type}` ties {unsayable[0]} to the hidden width"
     return ""
+
+
+def _changed(view: ModelView, plan: Plan, left: list[SubLayer]) -> set[str]:
+    """Axes whose size is no longer the configuration's, by this plan or by a cut before it."""
+    widths = {**kept_widths(left[0], plan), **kept_widths(left[1], plan)}
+    return {axis for axis, size in widths.items() if size != view.widths[axis]}
 
 
 def _text(widths: dict[str, int]) -> str:
@@ -106,7 +110,7 @@ def _config_limit(view: ModelView, plan: Plan, left: list[SubLayer], moved: bool
     """What in the configuration forbids a stock result, "" where nothing does."""
     widths = kept_widths(left[0], plan)
     heads = widths["kv"] * widths["rep"]
-    if widths != left[0].widths and view.hidden % heads:
+    if _changed(view, plan, left) & {"kv", "rep"} and view.hidden % heads:
         return f"the stock class wants a hidden width ({view.hidden}) that {heads} heads divide"
     if moved and view.config.get("scale_attn_by_inverse_layer_idx"):
         return "`scale_attn_by_inverse_layer_idx` ties a block's scale to its number"

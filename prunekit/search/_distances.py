@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 _LN2 = math.log(2)
 # Elementwise work on a CPU is done on so much at a time: at 49,152 words two positions stay in a 2 MiB cache, and
@@ -22,17 +23,19 @@ class Distance:
 
     Args:
         each: (reference, output) -> float [positions]; both [positions, width], the output may be overwritten. The
-            reference is log-probabilities where `probabilities`, else outputs.
+            reference is what `prepare` makes.
         probabilities: outputs are logits, and their softmax is compared.
         growth: how the distance grows while far-apart sub-layers go one by one: `even`, `ceiling` (the same, but
             slowing down towards log 2) or `root` (its square grows evenly, as with lengths and angles).
         by_sequence: the root of the sum over a sequence, averaged over sequences; else the mean over positions.
+        text: outputs are compared with the next token of the text, not with the dense model's.
     """
 
     each: Callable[[Tensor, Tensor], Tensor]
     probabilities: bool
     growth: Literal["even", "ceiling", "root"]
     by_sequence: bool = False
+    text: bool = False
 
     def evened(self, value: float) -> float:
         """The distance on a scale where changes made by far-apart sub-layers add up, roughly."""
@@ -46,9 +49,18 @@ class Distance:
             return -_LN2 * math.expm1(-value)
         return math.sqrt(max(value, 0.0)) if self.growth == "root" else value
 
-    def prepare(self, output: Tensor) -> Tensor:
-        """Outputs of the dense model as `each` wants them, at least float32."""
+    def prepare(self, output: Tensor, following: Tensor | None = None) -> Tensor:
+        """Outputs of the dense model as `each` wants them, at least float32.
+
+        Args:
+            output: [positions, width].
+            following: int64 [positions], the token that the text has next, -1 where it has none; for `text` only.
+        Returns:
+            Log-probabilities where `probabilities`, else the outputs; for `text` [positions, 2]: token and loss.
+        """
         wide = _wide(output)
+        if following is not None:
+            return torch.stack([following.to(wide.dtype), _next_token_loss(following, wide)], dim=-1)
         return wide.log_softmax(-1) if self.probabilities else wide
 
     def values(self, reference: Tensor, output: Tensor) -> Tensor:
@@ -82,6 +94,14 @@ class Distance:
 
 def _wide(output: Tensor) -> Tensor:
     return output if output.dtype == torch.float64 else output.float()
+
+
+def _next_token_loss(following: Tensor, output: Tensor) -> Tensor:
+    return cross_entropy(output, following, ignore_index=-1, reduction="none")
+
+
+def _loss(reference: Tensor, output: Tensor) -> Tensor:
+    return _next_token_loss(reference[:, 0].long(), output) - reference[:, 1]
 
 
 def _squared(reference: Tensor, output: Tensor) -> Tensor:
@@ -122,6 +142,7 @@ DISTANCES: dict[str, Distance] = {
     "js": Distance(_js, probabilities=True, growth="ceiling"),
     "js_released": Distance(_js_released, probabilities=True, growth="even"),
     "kl": Distance(_kl, probabilities=True, growth="even"),
+    "loss": Distance(_loss, probabilities=True, growth="even", text=True),
     "angular": Distance(_angle, probabilities=False, growth="root"),
     "norm": Distance(_squared, probabilities=False, growth="root", by_sequence=True),
 }

@@ -122,6 +122,12 @@ class Evaluator:
                 why="it compares probabilities, and the model gives hidden states",
                 hint="use `distance: angular` or `distance: norm`",
             )
+        if chosen.text and not self.stack.model.can_generate():
+            raise UsageError(
+                f"`distance: {distance}` does not go with `{type(self.stack.model).__name__}`",
+                why="it does not write text, so no next token can be compared",
+                hint="use `distance: kl`",
+            )
         left = self._reference_bytes
         for part in self._parts:
             left -= part.begin(chosen, left)

@@ -9,8 +9,8 @@ from prunekit.core.errors import EvaluationError, PlanError
 from prunekit.core.types import OrderStep
 from prunekit.search._candidates import Units, candidates, front, ordered
 from prunekit.search._evaluator import Evaluator
-from prunekit.search._memory import Memory, levels
-from prunekit.search._race import Runner, Trust, race
+from prunekit.search._memory import Memory, Trust, levels
+from prunekit.search._race import Runner, race
 
 
 class Greedy:
@@ -31,7 +31,7 @@ class Greedy:
         self._evaluator = evaluator
         self._kind = kind
         self._per = per
-        self._trust = trust
+        self._exact = trust is None
         self._front, self._released_after = front(evaluator.addresses, kind, protect_front)
         self._memory = Memory(trust or Trust())
 
@@ -93,8 +93,8 @@ class Greedy:
         return (distance - self._evaluator.mean(runner.base)) / self._saved(runner.units)
 
     def _best(self, runners: list[Runner], value: Callable[[Runner, float], float], limit: float = math.inf) -> Runner:
-        if self._trust is not None:
-            return race(self._evaluator, runners, value, self._trust, limit)
+        if not self._exact:
+            return race(self._evaluator, runners, value, limit)
         for runner, found in zip(runners, self._evaluator.whole([r.removed for r in runners]), strict=True):
             runner.found = list(found)
         return min(runners, key=lambda runner: value(runner, self._evaluator.mean(runner.found)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -15,8 +16,8 @@ class Part:
     """Sequences that are run together.
 
     What enters every sub-layer of the current cut model is kept, so that a candidate runs only from the first sub-layer
-    on that it changes. Candidates run as one batch that grows on its way down the stack: each joins where it parts from
-    the current cut model.
+    on that it changes; the same of the nearest candidate run alone since, which most likely becomes the current model.
+    Candidates run as one batch that grows on its way down the stack: each joins where it parts from the current model.
 
     Args:
         stack: the model.
@@ -35,6 +36,8 @@ class Part:
         self._stride = -(-size // kept_bytes)
         self._removed: frozenset[str] = frozenset()
         self._trunk: list[Tensor | None] = [self.state.hidden] + [None] * len(stack.addresses)
+        self._nearest: tuple[float, frozenset[str], dict[int, Tensor]] = (math.inf, frozenset(), {})
+        self._path: dict[int, Tensor] = {}
         self._reference: list[Tensor] = []
         self._dense: Tensor | None = None
         self._lengths: list[int] = []
@@ -69,7 +72,11 @@ class Part:
         """Makes another cut model the current one; hidden states before the first difference stay."""
         first = self._first_change(removed)
         self._trunk[first + 1 :] = [None] * (len(self._trunk) - first - 1)
+        if removed == self._nearest[1]:
+            for i, hidden in self._nearest[2].items():
+                self._trunk[i] = hidden
         self._removed = removed
+        self._nearest = (math.inf, frozenset(), {})
 
     def distances(self, sets: Sequence[frozenset[str]]) -> tuple[Tensor, int]:
         """Distances of models without these sub-layers from the dense model.
@@ -84,7 +91,10 @@ class Part:
         for reference in self._reference or self._dense_pieces():
             for output, found in zip(outputs, values, strict=True):
                 found.append(self._distance.values(reference, next(output)))
-        return self._distance.total(torch.stack([torch.cat(found) for found in values]), self._lengths)
+        totals, count = self._distance.total(torch.stack([torch.cat(found) for found in values]), self._lengths)
+        if len(sets) == 1 and float(totals[0]) < self._nearest[0]:
+            self._nearest = (float(totals[0]), sets[0], self._path)
+        return totals, count
 
     def inside(self) -> Iterator[tuple[int, Tensor]]:
         """Every sub-layer of the current cut model by number, and what enters it."""
@@ -94,8 +104,19 @@ class Part:
 
     def _dense_pieces(self) -> Iterator[Tensor]:
         assert self._dense is not None
+        following = self._following() if self._distance.text else None
+        done = 0
         for piece in self.stack.pieces(self._dense, self.state, self._piece_bytes):
-            yield self._distance.prepare(piece)
+            end = done + piece.shape[0]
+            yield self._distance.prepare(piece, None if following is None else following[done:end])
+            done = end
+
+    def _following(self) -> Tensor:
+        """The token that comes next at every position that is not padding, -1 where none does, int64 [positions]."""
+        ids, mask = self.state.inputs["input_ids"], self.state.mask
+        after = torch.full_like(ids, -1)
+        after[:, :-1] = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask[:, 1:], -1)
+        return after.flatten() if mask is None else after[mask]
 
     def _first_change(self, removed: frozenset[str]) -> int:
         changed = removed ^ self._removed
@@ -130,6 +151,7 @@ class Part:
         order = sorted(range(len(sets)), key=lambda k: joins[k])
         hidden = self.state.hidden[:0]
         active: list[int] = []
+        self._path = {}
         for i in range(joins[order[0]][0], len(addresses) + 1):
             arriving = [k for k in order[len(active) :] if joins[k][0] == i]
             if arriving:
@@ -137,6 +159,8 @@ class Part:
                 active += arriving
             if i < len(addresses):
                 hidden = self._step(i, hidden, [addresses[i] not in sets[k] for k in active])
+                if len(sets) == 1 and (i + 1) % self._stride == 0:
+                    self._path[i + 1] = hidden
         place = {k: row for row, k in enumerate(active)}
         if active == list(range(len(sets))):
             return hidden

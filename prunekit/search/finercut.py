@@ -29,8 +29,9 @@ class FinerCut:
     Args:
         distance: how outputs are compared. js: Jensen-Shannon divergence of the next-word probabilities; js_released:
             as the authors' code computes it, with the arguments of both divergences exchanged; kl: Kullback-Leibler
-            divergence from the dense model; angular: angle between logits; norm: length of their difference. A model
-            without logits takes angular or norm, on its last hidden states.
+            divergence from the dense model; loss: what is lost in predicting the calibration text itself, so that
+            perplexity is what the search lowers; angular: angle between logits; norm: length of their difference. A
+            model without logits takes angular or norm, on its last hidden states.
         candidates: what goes in one step: sublayers, attention, ffn, blocks, pairs (two neighbours whose removal
             leaves attention and FFN taking turns, so that the result is a shorter stock model) or mixed (sub-layers
             and pairs). null: the step's kind of unit.
@@ -43,7 +44,7 @@ class FinerCut:
             distance and the budget is kept.
     """
 
-    distance: Literal["js", "js_released", "kl", "angular", "norm"] = "js"
+    distance: Literal["js", "js_released", "kl", "loss", "angular", "norm"] = "js"
     candidates: Literal["sublayers", "attention", "ffn", "blocks", "pairs", "mixed"] | None = None
     per: Literal["params", "flops", "kv_bytes", "latency_ms"] | None = None
     protect_front: float = Field(default=0.0, ge=0, lt=1)
@@ -59,7 +60,7 @@ class FinerCut:
     evidence: ClassVar[str] = "code: the authors' released search, its four distances and its rule for the front"
     deviations: ClassVar[str] = (
         "js is the textbook divergence (js_released is theirs); distances are means over positions that are not "
-        "padding; pairs, mixed, per, swaps and skipping candidates are ours; no block is protected by default"
+        "padding; loss, pairs, mixed, per, swaps and skipping candidates are ours; no block is protected by default"
     )
     status: ClassVar[str] = "preview"
     example: ClassVar[dict[str, Any]] = {"distance": "js"}
@@ -80,7 +81,7 @@ class FinerCut:
             EvaluationError: if every candidate's outputs overflow.
         """
         from prunekit.search._greedy import Greedy
-        from prunekit.search._race import Trust
+        from prunekit.search._memory import Trust
 
         chosen = self._kind(kind)
         with progress.task("searching", unit="candidates") as task:

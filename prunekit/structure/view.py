@@ -110,6 +110,8 @@ class ModelView:
         blocks: in execution order.
         outer: tensors outside blocks: embeddings, last norm, head.
         hidden: width of the residual stream.
+        widths: what the configuration says of all blocks: `kv`, `rep`, `hd`, `ffn`; those of a heterogeneous folder may
+            differ from it.
     """
 
     checkpoint: Checkpoint
@@ -118,6 +120,7 @@ class ModelView:
     blocks: tuple[Block, ...]
     outer: tuple[TensorRef, ...]
     hidden: int
+    widths: Mapping[str, int]
 
     @classmethod
     def open(cls, folder: Path) -> ModelView:
@@ -146,7 +149,7 @@ class ModelView:
             Block(i, *(_sublayer(arch, shape, i, kind, owned.get((i, kind), [])) for kind in SUBLAYER_KINDS))
             for i in range(shape.blocks)
         )
-        return cls(checkpoint, arch, model_type.removeprefix(PREFIX), blocks, tuple(outer), shape.hidden)
+        return cls(checkpoint, arch, model_type.removeprefix(PREFIX), blocks, tuple(outer), shape.hidden, shape.usual())
 
     @property
     def config(self) -> dict[str, Any]:
@@ -267,6 +270,14 @@ class _Shape:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise StructureError(f"`{key}` must be a whole number above 0", why=f"it is {value!r}", at="config.json")
         return value
+
+    def usual(self) -> dict[str, int]:
+        return {
+            "kv": self.kv_heads,
+            "rep": self.heads // self.kv_heads,
+            "hd": self.head_width,
+            "ffn": self.ffn,
+        }
 
     def present(self, block: int, kind: SublayerKind) -> bool:
         return SKIPS[kind] not in self.skips.get(block, ())

@@ -50,7 +50,7 @@ def test_parameter_budget_takes_units_until_it_is_reached(view: ModelView) -> No
         plan = plan_of(view, "sublayers", lambda g, i: i, remove=remove, of="params")
         gone = cost(view).block_params - cost(view, plan).block_params
         last = unit_cost(view, plan.drop[-1], "params")
-        assert gone >= remove * cost(view).block_params > gone - last
+        assert gone >= 0.995 * remove * cost(view).block_params > gone - last
 
 
 def test_protected_units_stay(view: ModelView) -> None:

@@ -14,6 +14,7 @@ from prunekit.plan.cost import cost, unit_cost
 from prunekit.plan.layout import choose_layout, loads
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
+from prunekit.surgery.engine import apply
 from tests.tiny import BLOCKS, FFN, HEAD, HEADS, HIDDEN, KV_HEADS, VOCAB, tiny_model, write_tiny
 
 
@@ -144,6 +145,19 @@ def test_heads_tied_to_the_hidden_width_make_the_result_heterogeneous(bert: Mode
     layout = choose_layout(bert, Plan.make(bert, keep=keep))
     assert layout.kind == "heterogeneous"
     assert "hidden width" in layout.reason
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_widths_lost_in_an_earlier_cut_still_count(tmp_path: Path, family: str) -> None:
+    """Three of four heads of 32 hidden numbers: no stock class divides that, whatever the next plan removes."""
+    source = ModelView.open(
+        write_tiny(family, tmp_path / "m", **({"num_key_value_heads": 4} if family == "llama" else {}))
+    )
+    keep = {f"blocks.{i}.attention.kv_groups": [0, 1, 2] for i in range(BLOCKS)}
+    (tmp_path / "cut").mkdir()
+    assert apply(source, Plan.make(source, keep=keep), tmp_path / "cut").kind == "heterogeneous"
+    cut = ModelView.open(tmp_path / "cut")
+    assert choose_layout(cut, Plan.make(cut, block(1))).kind == "heterogeneous"
 
 
 def test_unknown_list_as_long_as_the_depth_forbids_a_shorter_stock_model(view: ModelView, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from prunekit.search._distances import DISTANCES, Distance
 
 LENGTHS = [5, 3, 9]
 POSITIONS, WIDTH = sum(LENGTHS), 37
+FOLLOWING = torch.arange(POSITIONS).remainder(WIDTH).index_fill(0, torch.tensor([4, 7, 16]), -1)
 
 
 def outputs(seed: int) -> Tensor:
@@ -46,7 +47,15 @@ def on_probabilities(formula: Callable[[Tensor, Tensor], Tensor]) -> Callable[[T
     return lambda a, b: formula(a.softmax(-1), b.softmax(-1))
 
 
+def loss(a: Tensor, b: Tensor) -> Tensor:
+    """Loss of next tokens; where the text has none, both models lose nothing."""
+    has, places = FOLLOWING >= 0, torch.arange(POSITIONS)
+    lost = a.log_softmax(-1)[places, FOLLOWING] - b.log_softmax(-1)[places, FOLLOWING]
+    return torch.where(has, lost, 0.0).mean()
+
+
 PLAIN = {
+    "loss": loss,
     "js": on_probabilities(js),
     "js_released": on_probabilities(js_released),
     "kl": on_probabilities(lambda p, q: kl(p, q).mean()),
@@ -56,7 +65,8 @@ PLAIN = {
 
 
 def measured(distance: Distance, dense: Tensor, cut: Tensor) -> float:
-    total, count = distance.total(distance.values(distance.prepare(dense), cut.clone()), LENGTHS)
+    reference = distance.prepare(dense, FOLLOWING if distance.text else None)
+    total, count = distance.total(distance.values(reference, cut.clone()), LENGTHS)
     return float(total) / count
 
 

@@ -53,7 +53,14 @@ def plain(model: Any, inputs: dict[str, Tensor], removed: Iterable[str], distanc
     sequences = next(iter(inputs.values())).shape[0]
     mask = inputs.get("attention_mask")
     lengths = [dense.shape[0] // sequences] * sequences if mask is None else mask.sum(1).tolist()
-    total, count = chosen.total(chosen.values(chosen.prepare(dense), cut), lengths)
+    following = None
+    if chosen.text:
+        ids, after = inputs["input_ids"], torch.full_like(inputs["input_ids"], -1)
+        after[:, :-1] = ids[:, 1:]
+        if mask is not None:
+            after[:, :-1][mask[:, 1:] == 0] = -1
+        following = after.flatten() if mask is None else after[mask.bool()]
+    total, count = chosen.total(chosen.values(chosen.prepare(dense, following), cut), lengths)
     return float(total) / count
 
 
