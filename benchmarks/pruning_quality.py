@@ -25,6 +25,7 @@ from typing import Any
 SHARES = (0.10, 0.15, 0.20, 0.25, 0.30)
 KV_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 TIME_SHARES = (0.10, 0.15, 0.20, 0.25, 0.30)
+OTHERS = ("kv_bytes", "latency_ms")
 SOURCE = "smollm2-135m-instruct"
 # As budgets of recipes count.
 ENOUGH = 0.995
@@ -32,7 +33,7 @@ ENOUGH = 0.995
 
 @dataclass(frozen=True)
 class Search:
-    """A search, its calibration, and the share of what at which it ends."""
+    """A search, its calibration, the share of what at which it ends, and budgets to measure besides parameters."""
 
     knobs: dict[str, Any]
     sequences: int = 10
@@ -40,6 +41,8 @@ class Search:
     data: str = "wikitext2"
     until: float = 0.30
     of: str = "params"
+    also: tuple[str, ...] = ()
+    shares: tuple[float, ...] = SHARES
 
 
 @dataclass(frozen=True)
@@ -55,34 +58,37 @@ TABLE: dict[str, Search | Score] = {
     "sub-layers, distance (the paper)": Search({"candidates": "sublayers"}),
     "sub-layers, distance, front protected 0.4": Search({"candidates": "sublayers", "protect_front": 0.4}),
     "sub-layers, per parameter": Search({"candidates": "sublayers", "per": "params"}),
-    "attention only, distance": Search({"candidates": "attention"}, until=0.5, of="kv_bytes"),
+    "attention only, distance": Search({"candidates": "attention"}, until=0.5, of="kv_bytes", also=OTHERS),
     "FFN only, distance": Search({"candidates": "ffn"}),
     "whole blocks, distance": Search({"candidates": "blocks"}),
-    "pairs, distance": Search({"candidates": "pairs"}),
+    "pairs, distance": Search({"candidates": "pairs"}, also=OTHERS),
     "mixed, distance": Search({"candidates": "mixed"}),
-    "mixed, per parameter": Search({"candidates": "mixed", "per": "params"}),
-    "mixed, per KV byte": Search({"candidates": "mixed", "per": "kv_bytes"}, until=0.5, of="kv_bytes"),
-    "mixed, per millisecond": Search({"candidates": "mixed", "per": "latency_ms"}),
+    "mixed, per parameter": Search({"candidates": "mixed", "per": "params"}, also=OTHERS),
+    "mixed, per KV byte": Search({"candidates": "mixed", "per": "kv_bytes"}, until=0.5, of="kv_bytes", also=OTHERS),
+    "mixed, per millisecond": Search({"candidates": "mixed", "per": "latency_ms"}, also=OTHERS),
+    "pairs, loss": Search({"candidates": "pairs", "distance": "loss"}, also=OTHERS),
+    "mixed, loss per parameter": Search({"candidates": "mixed", "per": "params", "distance": "loss"}),
     "block influence": Score("block_influence"),
     "angular, best run": Score("angular", span="span"),
     "gardener": Score("gardener"),
     "last k": Score("last_k"),
     "random": Score("random"),
 }
-# What a longer search or another distance adds to the best rows.
+# What another distance, more text or exchanges after the greedy pass add to the best rows.
 FURTHER: dict[str, Search | Score] = {
-    "mixed, per parameter, kl": Search({"candidates": "mixed", "per": "params", "distance": "kl"}),
-    "pairs, kl": Search({"candidates": "pairs", "distance": "kl"}),
-    "mixed, per parameter, swaps": Search({"candidates": "mixed", "per": "params", "swaps": 8}),
-    "pairs, swaps": Search({"candidates": "pairs", "swaps": 8}),
-    "mixed, per parameter, 32 x 512": Search({"candidates": "mixed", "per": "params"}, 32, 512),
-    "pairs, 32 x 512": Search({"candidates": "pairs"}, 32, 512),
-    "mixed, per parameter, kl, 32 x 512": Search({"candidates": "mixed", "per": "params", "distance": "kl"}, 32, 512),
-    "pairs, kl, 32 x 512": Search({"candidates": "pairs", "distance": "kl"}, 32, 512),
-    "mixed, per parameter, kl, 32 x 512, swaps": Search(
-        {"candidates": "mixed", "per": "params", "distance": "kl", "swaps": 12}, 32, 512
+    "pairs, loss, swaps": Search({"candidates": "pairs", "distance": "loss", "swaps": 8}, shares=(0.20, 0.25)),
+    "mixed, loss per parameter, swaps": Search(
+        {"candidates": "mixed", "per": "params", "distance": "loss", "swaps": 8}, shares=(0.20, 0.25)
     ),
-    "pairs, kl, 32 x 512, swaps": Search({"candidates": "pairs", "distance": "kl", "swaps": 12}, 32, 512),
+    "pairs, loss, 32 x 512": Search({"candidates": "pairs", "distance": "loss"}, 32, 512),
+    "pairs, loss, 32 x 512, swaps": Search(
+        {"candidates": "pairs", "distance": "loss", "swaps": 8}, 32, 512, shares=(0.20, 0.25)
+    ),
+    "mixed, loss per parameter, 32 x 512": Search(
+        {"candidates": "mixed", "per": "params", "distance": "loss"}, 32, 512
+    ),
+    "pairs, kl": Search({"candidates": "pairs", "distance": "kl"}),
+    "mixed, kl per parameter": Search({"candidates": "mixed", "per": "params", "distance": "kl"}),
 }
 
 
@@ -147,7 +153,7 @@ class Bench:
             for address in removed:
                 _, number, kind = address.split(".")
                 undo.append(bypass(blocks_of(self.model)[int(number)], kind))
-            found = perplexity(self.model, self.ids, batch_size=8 if self.model.device.type == "cuda" else 1)
+            found = perplexity(self.model, self.ids, batch_size=16 if self.model.device.type == "cuda" else 1)
         finally:
             for put_back in reversed(undo):
                 put_back()
@@ -208,14 +214,14 @@ def rows(bench: Bench, name: str, method: Search | Score) -> Iterator[dict[str, 
         return
     if method.knobs.get("swaps"):
         # Exchanges end in another set for every budget.
-        for share in SHARES:
+        for share in method.shares:
             units, facts = searched(bench, method, share)
             removed = [address for part in units for address in part]
             yield {"method": name, "share": share, "of": "params", **bench.row(removed), "search": facts}
         return
     units, facts = searched(bench, method, method.until, method.of)
-    for of, shares in (("params", SHARES), ("kv_bytes", KV_SHARES), ("latency_ms", TIME_SHARES)):
-        for share in shares:
+    for of in ("params", *method.also):
+        for share in {"params": SHARES, "kv_bytes": KV_SHARES, "latency_ms": TIME_SHARES}[of]:
             removed = prefix(bench, units, share, of)
             if removed is not None:
                 yield {"method": name, "share": share, "of": of, **bench.row(removed), "search": facts}
@@ -260,12 +266,7 @@ def measure(given: argparse.Namespace) -> None:
                 sink.write(json.dumps({**row, **about}) + "\n")
                 sink.flush()
                 took = row.get("search", {}).get("search_s", "")
-                print(
-                    f"{name:45} {row['of']:10} {row['share']:.2f} ppl {row['perplexity']:8.2f} "
-                    f"params {row['params_removed']:.3f} kv {row['kv_bytes_removed']:.3f} "
-                    f"time {row['time_removed']:.3f} {row['layout']:13} {took}",
-                    flush=True,
-                )
+                print(f"{name}: {row['of']} {row['share']:.2f} {row['perplexity']:.2f} {took}", flush=True)
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from prunekit.core.errors import EvaluationError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 
-# Float32 logits held at a time: a window of 512 tokens over a 49,152-word vocabulary would take 96 MiB.
+# Float32 logits held at a time: a window of 512 tokens over a 49,152-word vocabulary would take 96 MiB. A GPU holds as
+# much as an eighth of its free memory.
 _LOGIT_BYTES = 64 * 2**20
 # Tokens on which the chunked head is compared with the model's own logits.
 _PROBE_TOKENS = 8
@@ -81,11 +82,12 @@ def _logits(model: Any, ids: Tensor) -> _Chunks:
     """
     head = model.get_output_embeddings()
     base = model.base_model
+    held = max(_LOGIT_BYTES, torch.cuda.mem_get_info(ids.device)[0] // 8) if ids.is_cuda else _LOGIT_BYTES
 
     def chunked(window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         hidden = base(input_ids=window, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         target = window[:, 1:].flatten()
-        rows = max(1, _LOGIT_BYTES // (4 * head.weight.shape[0]))
+        rows = max(1, held // (4 * head.weight.shape[0]))
         for first in range(0, hidden.shape[0], rows):
             yield head(hidden[first : first + rows]), target[first : first + rows]
 

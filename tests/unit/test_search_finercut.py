@@ -73,8 +73,10 @@ def plain_loop(
         total, number = chosen.total(chosen.values(reference, cut), [cut.shape[0] // state.sequences] * state.sequences)
         return float(total) / number
 
-    following = torch.cat([inputs["input_ids"][:, 1:], torch.full((state.sequences, 1), -1)], 1) if chosen.text else None
-    reference = chosen.prepare(outputs(frozenset()), None if following is None else following.flatten())
+    following = None
+    if chosen.text:
+        following = torch.cat([inputs["input_ids"][:, 1:], torch.full((state.sequences, 1), -1)], 1).flatten()
+    reference = chosen.prepare(outputs(frozenset()), following)
     removed, order, base = frozenset[str](), [], 0.0
     while len(removed) < count:
         found = {units: far(removed.union(units)) for units in openings(kind, stack.addresses, removed)}
