@@ -108,7 +108,8 @@ class Plain:
         self.blocks = blocks_of(bench.model)
         self.addresses = Stack(bench.model).addresses
         self.ids = bench.inputs["input_ids"].to(bench.model.device)
-        self.reference = self.measure.prepare(self.logits(frozenset()))
+        following = torch.cat([self.ids[:, 1:], torch.full_like(self.ids[:, :1], -1)], dim=1).flatten()
+        self.reference = self.measure.prepare(self.logits(frozenset()), following if self.measure.text else None)
         self.evaluations = self.runs = 0
 
     def logits(self, removed: frozenset[str]) -> Tensor:

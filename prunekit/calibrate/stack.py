@@ -123,7 +123,8 @@ class Stack:
     def has_logits(self, state: State) -> bool:
         """Whether the model gives logits; hidden states otherwise."""
         inputs = {name: value[:1] for name, value in state.inputs.items()}
-        return getattr(self._forward(inputs, self._passing(state.hidden[:1])), "logits", None) is not None
+        few = {"logits_to_keep": 1} if "logits_to_keep" in self._accepted else {}
+        return getattr(self._forward(inputs, self._passing(state.hidden[:1]), **few), "logits", None) is not None
 
     def shape(self, i: int) -> tuple[Any, ...]:
         """Equal for sub-layers that take equally long: the kind, and the shapes of the block's parameters."""

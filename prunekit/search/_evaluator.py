@@ -22,8 +22,10 @@ _CPU_BATCH_TOKENS = 2048
 _CPU_PIECE_BYTES = 64 * _MIB
 _CPU_KEPT_BYTES = 2048 * _MIB
 _CPU_REFERENCE_BYTES = 1024 * _MIB
-# Below so many tokens a sub-layer of a small model takes a GPU as long as one token does.
+# Below so many tokens a sub-layer of a small model takes a GPU as long as one token does. Logits are not for free
+# though, so that only so many candidates go along with one that is wanted.
 _GPU_IDLE_TOKENS = 8192
+_GPU_TOGETHER = 8
 # A part is so many times as large as those before it together. A GPU pays for each part, a CPU for its tokens alone.
 _GPU_GROWTH = 7
 # Least outputs of a part: fewer say too little about the others, and matrix products on fewer rows are slower a row.
@@ -36,6 +38,10 @@ class Evaluator:
 
     Parts are some sequences each, small ones first, so that a search can look at a candidate on little data before it
     looks on all. The distance on all data is the mean over parts by `weights`.
+
+    Attributes:
+        telling: whether outputs are many enough for candidates to be skipped by what they added earlier; they are not
+            with a few images and a classifier.
 
     Args:
         stack: the model as sub-layers.
@@ -77,6 +83,7 @@ class Evaluator:
         first = self.stack.enter({name: value[:1] for name, value in inputs.items()})
         tokens = first.hidden.shape[1]
         positions = 1 if self.stack.features(first.hidden, first).dim() == 2 else tokens
+        self.telling = positions * sequences >= _PART_POSITIONS
         if batch_tokens is None:
             batch_tokens = _gpu_batch_tokens(self.stack.model, free) if self._cuda else _CPU_BATCH_TOKENS
         self._batch_tokens = max(batch_tokens, tokens)
@@ -103,7 +110,7 @@ class Evaluator:
 
     def width(self, part: int) -> int:
         """Candidates that take about as long as one when they are evaluated together."""
-        return max(1, _GPU_IDLE_TOKENS // self._parts[part].tokens) if self._cuda else 1
+        return max(1, min(_GPU_TOGETHER, _GPU_IDLE_TOKENS // self._parts[part].tokens)) if self._cuda else 1
 
     def begin(self, distance: str, advance: Callable[[float], None] | None = None) -> None:
         """Starts afresh from the dense model.

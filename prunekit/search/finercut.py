@@ -86,7 +86,8 @@ class FinerCut:
         chosen = self._kind(kind)
         with progress.task("searching", unit="candidates") as task:
             evaluator.begin(self.distance, task.advance)
-            greedy = Greedy(evaluator, chosen, self.per, self.protect_front, None if self.exact else Trust())
+            trust = Trust() if evaluator.telling and not self.exact else None
+            greedy = Greedy(evaluator, chosen, self.per, self.protect_front, trust)
             while not enough(evaluator.removed):
                 greedy.step()
             swaps = greedy.swap(self.swaps, enough)

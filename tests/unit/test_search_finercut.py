@@ -23,6 +23,12 @@ COSTS = {"params": {A: 3.0, M: 5.0}, "flops": {A: 7.0, M: 4.0}, "kv_bytes": {A: 
 CANDIDATES = ("sublayers", "attention", "ffn", "blocks", "pairs", "mixed")
 
 
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets 4 sequences of 9 tokens be enough to skip candidates by, and one part of the data."""
+    monkeypatch.setattr(_evaluator, "_PART_POSITIONS", 36)
+
+
 def cost(address: str, of: str) -> float:
     return COSTS[of][address.rpartition(".")[2]]
 
@@ -131,7 +137,7 @@ def test_looking_at_little_data_first_changes_no_order(kind: Any, monkeypatch: p
     assert units(found) == plain_loop(model, inputs, kind, 4)
     exact = evaluator(model, repeated)
     FinerCut(candidates=kind, exact=True).propose(exact, removing(4))
-    assert in_parts.evaluations < exact.evaluations / 2
+    assert in_parts.evaluations < 0.6 * exact.evaluations
 
 
 def test_every_step_tells_the_distance_to_the_dense_model() -> None:
