@@ -1,11 +1,11 @@
-"""Gardener against reading: seconds and memory to score a checkpoint of several GB, next to reading the same bytes once.
+"""Gardener against reading: seconds and memory to score a checkpoint of several GB, beside reading the same bytes.
 
-    python benchmarks/gardener_read.py --size-gb 3 --dtype bfloat16 --out benchmarks/results/gardener_read.jsonl
+    python benchmarks/gardener_read.py --size-gb 3 --out benchmarks/results/gardener_read.jsonl
 
-Makes a Llama-shaped checkpoint with random weights, one block a shard, in a temporary folder and deletes it afterwards.
-Both sides start from an empty page cache (posix_fadvise), in turns, each in a process of its own; medians count. The
-reader takes the same bytes in the order of the files, 8 MiB at a time, and does nothing with them. The goal is a ratio of
-at most 2 and less than 1 GB of memory.
+Makes a Llama-shaped bfloat16 checkpoint with random weights in a temporary folder and deletes it afterwards. Both sides
+start from an empty page cache (posix_fadvise), in turns, each in a process of its own; medians count. The reader takes
+the same bytes in the order of the files, 8 MiB at a time, and does nothing with them. The goal is a ratio of at most 2
+and less than 1 GB of memory.
 """
 
 from __future__ import annotations
@@ -24,61 +24,17 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from make_checkpoint import write_checkpoint
+
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.evaluate.memory import peak_memory
 from prunekit.scores._weights import CheckpointWeights, matrices
 from prunekit.scores.gardener import Gardener
 from prunekit.structure.view import ModelView
 
-HIDDEN, FFN, HEADS, VOCAB = 4096, 11008, 32, 32000
 BUFFER_BYTES = 8 * 2**20
-
-
-def block_shapes(block: int) -> dict[str, tuple[int, ...]]:
-    at = f"model.layers.{block}"
-    square = {f"{at}.self_attn.{x}_proj.weight": (HIDDEN, HIDDEN) for x in "qkvo"}
-    ffn = {f"{at}.mlp.{x}_proj.weight": (FFN, HIDDEN) for x in ("gate", "up")}
-    norms = {f"{at}.{x}_layernorm.weight": (HIDDEN,) for x in ("input", "post_attention")}
-    return {**square, **ffn, f"{at}.mlp.down_proj.weight": (HIDDEN, FFN), **norms}
-
-
-def make(folder: Path, size_bytes: int, dtype: str) -> None:
-    """Writes the checkpoint, a shard at a time."""
-    from safetensors.torch import save_file
-
-    kind = getattr(torch, dtype)
-    item = torch.empty(0, dtype=kind).element_size()
-    per_block = sum(torch.Size(s).numel() for s in block_shapes(0).values()) * item
-    blocks = max(1, round((size_bytes - VOCAB * HIDDEN * item) / per_block))
-    shards: list[dict[str, tuple[int, ...]]] = [block_shapes(i) for i in range(blocks)]
-    shards.append({"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)})
-    where, total = {}, 0
-    for i, shapes in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: (torch.randn(shape) * 0.02).to(kind) for name, shape in shapes.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        where.update(dict.fromkeys(tensors, file))
-        total += sum(t.numel() * item for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": dtype,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "head_dim": HIDDEN // HEADS,
-        "num_hidden_layers": blocks,
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    os.sync()
 
 
 def forget(folder: Path) -> None:
@@ -164,7 +120,6 @@ def cpu() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=3.0, help="size of the checkpoint in 10**9 bytes")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--temporary", type=Path, help="where the checkpoint is made [the system's temporary folder]")
     parser.add_argument("--out", type=Path, help="JSON lines file to add the result to")
@@ -175,11 +130,12 @@ def main() -> None:
         print(json.dumps((read if chosen.work == "read" else score)(chosen.folder)))
         return
     with tempfile.TemporaryDirectory(dir=chosen.temporary) as name:
-        folder = Path(name)
-        make(folder, int(chosen.size_gb * 1e9), chosen.dtype)
+        folder = Path(name) / "model"
+        write_checkpoint(folder, chosen.size_gb)
+        os.sync()
         row = {
             "what": "gardener_read",
-            "dtype": chosen.dtype,
+            "dtype": "bfloat16",
             "repeats": chosen.repeats,
             **measure(folder, chosen.repeats),
             "cpu": cpu(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +151,7 @@ def _scored(step: Step, method: Any, bench: Bench) -> tuple[Plan, Scores]:
     cuts = allocate(bench.source, bench.view, step.remove, scored, step.budget)
     units = tuple(unit for part in scored for unit in part.group.units)
     values = tuple(value for part in scored for value in part.values)
-    return cuts, Scores(step.by.name, step.remove, units, values, _provenance(step, bench, bool(method.needs)))
+    return cuts, Scores(step.by.name, step.remove, units, values, _provenance(method, bench, bool(method.needs)))
 
 
 def _statistics(needs: tuple[str, ...], bench: Bench) -> dict[str, Tensor]:
@@ -196,12 +196,13 @@ def _searched(step: Step, method: Any, bench: Bench) -> tuple[Plan, Order]:
             why=f"{step.budget.min_keep} of {len(units)} must stay",
             hint="remove less",
         )
-    provenance = {**_provenance(step, bench, True), **order.provenance}
+    provenance = {**_provenance(method, bench, True), **order.provenance}
     return Plan.make(bench.view, drop), Order(step.by.name, order.steps, provenance)
 
 
-def _provenance(step: Step, bench: Bench, ran: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"knobs": dict(step.by.knobs)}
+def _provenance(method: Any, bench: Bench, ran: bool) -> dict[str, Any]:
+    """The method's knobs, defaults written out, and what it was run on."""
+    found: dict[str, Any] = {"knobs": asdict(method)}
     if ran:
         found["calibrate"] = bench.recipe.calibrate.model_dump()
     return found

@@ -18,7 +18,10 @@ import pytest
 import prunekit.pipeline.carry_out as carry_out
 from prunekit import pipeline
 from prunekit.core.errors import PlanError, PrunekitError, UsageError
+from prunekit.core.files import write_json
 from prunekit.core.recipe import load_recipe, parse_recipe
+from prunekit.core.types import Order
+from prunekit.export.onnx import export_onnx
 from prunekit.export.verify import VerifyReport
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
@@ -145,6 +148,40 @@ def test_images_are_noise_or_a_file(small: Small, tmp_path: Path) -> None:
         }
     )
     assert pipeline.run(asked, tmp_path / "o").verified.ok
+
+
+def test_onnx_of_the_result_computes_the_same_and_is_smaller_than_the_dense_one(small: Small, tmp_path: Path) -> None:
+    asked = recipe(
+        small("llama"),
+        step("sublayers", {"search": "finercut", "candidates": "pairs"}, remove=0.25),
+        export={"formats": ["safetensors", "onnx"]},
+        expect={"onnx_max_abs_diff": 1e-3},
+    )
+    result = pipeline.run(asked, tmp_path / "o")
+    dense = export_onnx(small("llama"), tmp_path / "dense")
+    assert result.after["onnx_bytes"] < dense.file_bytes
+    assert [entry["ok"] for entry in result.expectations] == [True]
+    checks = {check.name: check for check in result.verified.checks}
+    assert "greedy tokens equal" in checks["onnx computes what torch does"].detail
+
+
+def test_what_a_method_was_made_from_is_recorded(small: Small) -> None:
+    (scores,) = pipeline.make_plan(recipe(small("llama"), BLOCK)).orders
+    assert scores.provenance == {"knobs": {"precision": "float16"}}
+    (order,) = pipeline.make_plan(recipe(small("llama"), step("ffn", {"search": "finercut"}, units=1))).orders
+    assert order.provenance["knobs"]["distance"] == "js"
+    assert order.provenance["calibrate"]["sequences"] == CALIBRATE["sequences"]
+
+
+def test_order_searched_once_serves_every_fraction(small: Small, tmp_path: Path) -> None:
+    by = {"search": "finercut", "candidates": "blocks"}
+    made = pipeline.make_plan(recipe(small("llama"), step("sublayers", by, remove=0.5, of="params")))
+    write_json(tmp_path / "order.json", {"results": [order.to_json() for order in made.orders]})
+    replayed = {"search": "replay", "file": str(tmp_path / "order.json")}
+    quarter = pipeline.make_plan(recipe(small("llama"), step("sublayers", replayed, remove=0.25, of="params")))
+    (order,) = made.orders
+    assert isinstance(order, Order)
+    assert set(quarter.plan.drop) == set(order.steps[0].units)
 
 
 def test_plan_replays_on_the_same_model(small: Small, tmp_path: Path) -> None:
