@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunekit.core.errors import StructureError
-from prunekit.modeling.modeling_prunekit import blocks_of, bypass, present
+from prunekit.modeling.modeling_prunekit import blocks_of, present, skip
 
 KINDS = ("attention", "ffn")
 # Relative to the largest logit: two orders of the same sums differ by 1e-6 in float32 and 1e-2 in bfloat16.
@@ -54,8 +55,8 @@ class State:
 class Stack:
     """The sub-layers of a model in execution order; the model itself stays as it is.
 
-    A sub-layer is its block run with the other sub-layer bypassed, so pre-norm and post-norm blocks, masks, positions
-    and windows are the model's own. Hidden states may hold several versions of the same sequences, one after the other
+    A sub-layer is its block with the other sub-layer bypassed, so pre-norm and post-norm blocks, masks, positions and
+    windows are the model's own. Hidden states may hold several versions of the same sequences, one after the other
     in the first dimension, so that one call serves many candidates.
 
     Args:
@@ -66,6 +67,7 @@ class Stack:
         self.model = model
         self._blocks = tuple(blocks_of(model))
         self._units = tuple((b, k) for b, block in enumerate(self._blocks) for k in KINDS if present(block, k))
+        self._sublayers = tuple(_alone(self._blocks[number], kind) for number, kind in self._units)
         self.addresses: tuple[str, ...] = tuple(f"blocks.{block}.{kind}" for block, kind in self._units)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._found_way: str | None = None
@@ -88,11 +90,10 @@ class Stack:
         Args:
             hidden: [versions x sequences, tokens, hidden], all sequences of the first version first.
         """
-        number, kind = self._units[i]
-        block = self._blocks[number]
-        args, kwargs = self._calls(state, hidden.shape[0])[number]
-        with torch.no_grad(), _alone(block, kind):
-            return block(hidden, *args, **kwargs)
+        args, kwargs = self._calls(state, hidden.shape[0])[self._units[i][0]]
+        with torch.no_grad():
+            found: Tensor = self._sublayers[i](hidden, *args, **kwargs)
+        return found
 
     def finish(self, hidden: Tensor, state: State) -> Tensor:
         """The model's own end on what leaves the last block: logits, or the last hidden state of a model without them.
@@ -297,16 +298,15 @@ def _times(value: Tensor, times: int) -> Tensor:
     return value.repeat(times, *[1] * (value.dim() - 1))
 
 
-@contextmanager
-def _alone(block: torch.nn.Module, kind: str) -> Iterator[None]:
-    """The block with no sub-layer but one."""
+def _alone(block: torch.nn.Module, kind: str) -> torch.nn.Module:
+    """The block with no sub-layer but one: it shares parameters with the block, which stays whole."""
+    alone = copy.copy(block)
+    # A copied module shares the dictionary of its parts, and bypassing replaces parts.
+    alone.__dict__["_modules"] = dict(block._modules)
     other = KINDS[1 - KINDS.index(kind)]
-    undo = bypass(block, other) if present(block, other) else None
-    try:
-        yield
-    finally:
-        if undo is not None:
-            undo()
+    if present(alone, other):
+        skip(alone, other)
+    return alone
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def show_list(out: Output, kind: str | None) -> None:
 
 
 def needs_text(needs: tuple[str, ...], role: str) -> str:
-    """`no data`, the statistics a score needs, or for a search that it runs the model."""
-    if role == "search":
+    """`no data`, the statistics a score needs, or that a search runs the model."""
+    if role == "search" and needs:
         return "runs the model"
     return ", ".join(needs) or "no data"

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,14 +171,11 @@ def _require_numbers(step: Step, scored: list[Scored]) -> None:
 
 
 def _searched(step: Step, method: Any, bench: Bench) -> tuple[Plan, Order]:
-    from prunekit.search._evaluator import Evaluator
-
-    batch = bench.batch
     units = bench.view.groups(step.remove)[0].units
     safe = protected(step.budget.protect, units)
     # A protected block protects its sub-layers.
     safe |= {s.address for s in bench.view.sublayers if s.address.rpartition(".")[0] in safe}
-    evaluator = Evaluator(bench.stack, batch, lambda address, of: unit_cost(bench.view, address, of), safe)
+    evaluator = _evaluator(bench, safe) if method.needs else _Shapes(bench.view, safe)
     target = Target(bench.source, bench.view, step.budget, step.remove, len(units), evaluator.cost)
     in_unit = 2 if step.remove == "blocks" else 1
     most = (len(units) - step.budget.min_keep) * in_unit
@@ -196,8 +193,24 @@ def _searched(step: Step, method: Any, bench: Bench) -> tuple[Plan, Order]:
             why=f"{step.budget.min_keep} of {len(units)} must stay",
             hint="remove less",
         )
-    provenance = {**_provenance(method, bench, True), **order.provenance}
+    provenance = {**_provenance(method, bench, bool(method.needs)), **order.provenance}
     return Plan.make(bench.view, drop), Order(step.by.name, order.steps, provenance)
+
+
+def _evaluator(bench: Bench, safe: frozenset[str]) -> Any:
+    from prunekit.search._evaluator import Evaluator
+
+    batch = bench.batch
+    return Evaluator(bench.stack, batch, partial(unit_cost, bench.view), safe)
+
+
+class _Shapes:
+    """What a search that runs nothing may know of a model."""
+
+    def __init__(self, view: ModelView, protected: frozenset[str]) -> None:
+        self.addresses = tuple(sublayer.address for sublayer in view.sublayers)
+        self.protected = protected
+        self.cost = partial(unit_cost, view)
 
 
 def _provenance(method: Any, bench: Bench, ran: bool) -> dict[str, Any]:

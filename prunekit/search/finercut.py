@@ -52,7 +52,7 @@ class FinerCut:
     swaps: int = Field(default=0, ge=0)
 
     kinds: ClassVar[tuple[str, ...]] = ("sublayers", "attention", "ffn", "blocks")
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ("model",)
     paper: ClassVar[str] = (
         "FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models, "
         "https://arxiv.org/abs/2405.18218"

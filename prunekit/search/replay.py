@@ -37,7 +37,6 @@ class Replay:
 
     kinds: ClassVar[tuple[str, ...]] = ("sublayers", "attention", "ffn", "blocks")
     needs: ClassVar[tuple[str, ...]] = ()
-    runs_model: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     evidence: ClassVar[str] = "ours"
     deviations: ClassVar[str] = ""
