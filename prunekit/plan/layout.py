@@ -140,7 +140,7 @@ def loads(view: ModelView, layout: Layout) -> dict[str, str]:
     return {
         "transformers": f"{auto}, no custom code",
         "ONNX Runtime": "through `prunekit export`",
-        "vLLM, TensorRT-LLM, llama.cpp": "where they run the dense model: the class and the tensor names are its own",
+        "vLLM, TensorRT-LLM, llama.cpp": "wherever the dense model runs: class and tensor names are its own",
     }
 
 

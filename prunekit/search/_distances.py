@@ -117,23 +117,22 @@ def _kl(reference: Tensor, output: Tensor) -> Tensor:
     return (reference - output.log_softmax(-1)).mul_(reference.exp()).sum(-1)
 
 
-def _middle(reference: Tensor, logs: Tensor, probabilities: Tensor) -> Tensor:
+def _middle(one: Tensor, other: Tensor) -> Tensor:
     """Probabilities half-way between; the smallest number stands for zero, so that its logarithm is finite."""
-    middle = reference.exp().add_(probabilities).mul_(0.5)
-    return middle.clamp_(min=torch.finfo(logs.dtype).tiny)
+    return (one + other).mul_(0.5).clamp_(min=torch.finfo(one.dtype).tiny)
 
 
 def _js(reference: Tensor, output: Tensor) -> Tensor:
     logs = output.log_softmax(-1)
-    probabilities = logs.exp()
-    middle = _middle(reference, logs, probabilities).log_()
-    left = (reference - middle).mul_(reference.exp()).sum(-1)
-    return logs.sub_(middle).mul_(probabilities).sum(-1).add_(left).mul_(0.5)
+    dense, cut = reference.exp(), logs.exp()
+    middle = _middle(dense, cut).log_()
+    left = (reference - middle).mul_(dense).sum(-1)
+    return logs.sub_(middle).mul_(cut).sum(-1).add_(left).mul_(0.5)
 
 
 def _js_released(reference: Tensor, output: Tensor) -> Tensor:
     logs = output.log_softmax(-1)
-    middle = _middle(reference, logs, logs.exp())
+    middle = _middle(reference.exp(), logs.exp())
     # KL(M || P) + KL(M || Q) = sum of M (2 log M - log P - log Q).
     return middle.log().mul_(2).sub_(reference).sub_(logs).mul_(middle).sum(-1).mul_(0.5)
 

@@ -126,7 +126,7 @@ def test_little_memory_gives_the_same(limit: str, monkeypatch: pytest.MonkeyPatc
     stack = Stack(model)
     expected = evaluator(stack, inputs).distances(candidates(stack))
     # Outputs recomputed, every third hidden state kept, one position of 64 words a piece.
-    monkeypatch.setattr(_evaluator, limit, {"_CPU_KEPT_BYTES": 3 * 3 * 9 * 32 * 8}.get(limit, 4 * 64))
+    monkeypatch.setattr(_evaluator, limit, {"_CPU_KEPT_BYTES": 12 * 3 * 9 * 32 * 8}.get(limit, 4 * 64))
     assert evaluator(stack, inputs).distances(candidates(stack)) == pytest.approx(expected, rel=1e-12)
 
 
@@ -151,6 +151,18 @@ def test_hidden_states_before_a_removal_stay() -> None:
     # The FFN of block 2 runs once more for the current model, then that of block 3 is what a candidate leaves out.
     found.distances([("blocks.3.ffn",)])
     assert found.sublayer_runs == before + 3 + 2
+
+
+def test_a_candidate_runs_again_from_what_went_since_on() -> None:
+    stack = Stack(tiny_model("llama"))
+    found = evaluator(stack, tiny_inputs("llama"))
+    gone = frozenset({"blocks.3.attention"})
+    found.distances([("blocks.1.ffn",)])
+    found.move(gone, found.base)
+    before = found.sublayer_runs
+    again = found.distances([("blocks.1.ffn",)])
+    assert found.sublayer_runs == before + 1
+    assert again == pytest.approx([plain(stack.model, tiny_inputs("llama"), gone | {"blocks.1.ffn"})], rel=1e-9)
 
 
 def test_progress_counts_parts_by_their_share(monkeypatch: pytest.MonkeyPatch) -> None:

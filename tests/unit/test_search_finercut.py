@@ -125,9 +125,13 @@ def test_every_architecture_gives_the_plain_order(family: str, distance: Any) ->
     assert units(found) == plain_loop(model, inputs, "sublayers", 4, distance)
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("kind", ["sublayers", "pairs"])
-def test_looking_at_little_data_first_changes_no_order(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_at_little_data_first_changes_no_order(
+    kind: Any, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_evaluator, "_PART_POSITIONS", 18)
+    monkeypatch.setattr(Evaluator, "width", lambda self, part: together)
     model, inputs = tiny_model("llama", 1), tiny_inputs("llama", batch=2)
     # Every part of the data is alike, so that a look at one tells all.
     repeated = {name: value.repeat(8, 1) for name, value in inputs.items()}
@@ -137,7 +141,7 @@ def test_looking_at_little_data_first_changes_no_order(kind: Any, monkeypatch: p
     assert units(found) == plain_loop(model, inputs, kind, 4)
     exact = evaluator(model, repeated)
     FinerCut(candidates=kind, exact=True).propose(exact, removing(4))
-    assert in_parts.evaluations < 0.6 * exact.evaluations
+    assert in_parts.evaluations < 0.75 * exact.evaluations
 
 
 def test_every_step_tells_the_distance_to_the_dense_model() -> None:
@@ -201,7 +205,7 @@ def test_protected_sublayers_stay() -> None:
 @pytest.mark.parametrize("kind", ["sublayers", "pairs", "blocks"])
 @pytest.mark.parametrize("seed", range(3))
 def test_swaps_never_make_the_distance_larger(kind: Any, seed: int, exact: bool) -> None:
-    model, inputs = tiny_model("llama", seed), tiny_inputs("llama")
+    model, inputs = tiny_model("llama", seed), tiny_inputs("llama", batch=4)
     greedy = FinerCut(candidates=kind, exact=exact).propose(evaluator(model, inputs), removing(4))
     found = evaluator(model, inputs)
     swapped = FinerCut(candidates=kind, exact=exact, swaps=3).propose(found, removing(4))
@@ -233,6 +237,13 @@ def test_an_exchange_keeps_the_budget() -> None:
     found = evaluator(tiny_model("llama", 1), tiny_inputs("llama"))
     FinerCut(swaps=4).propose(found, enough)
     assert enough(found.removed)
+
+
+def test_with_few_outputs_all_candidates_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_evaluator, "_PART_POSITIONS", 37)
+    found = evaluator(tiny_model("llama"), tiny_inputs("llama", batch=4))
+    FinerCut().propose(found, removing(3))
+    assert found.evaluations == 8 + 7 + 6
 
 
 def test_no_budget_removes_nothing() -> None:
