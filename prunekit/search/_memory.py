@@ -23,7 +23,11 @@ class Trust:
     """Least share of what a candidate added to the distance earlier, or on other data, that it adds here and now.
 
     What was added changes little while units far away go. It falls with neighbours, and with the other sub-layer of the
-    same block it may fall to nothing: candidates beside a unit that went are always run again.
+    same block it may fall below nothing: candidates beside a unit that went are always run again.
+
+    These shares are measured, not proven. On SmolLM2-135M (2 x 128 tokens, js, 18 sub-layers, 25 % of block parameters)
+    the order is right too where only 0.7 of the losses are allowed for, and wrong from step 5 on at 0.6; on 8 x 32
+    tokens the limits were 0.7 for single sub-layers, by distance and by parameters, 0.9 for pairs and 0.4 for blocks.
 
     Args:
         near: when a unit two or three places away went since.
