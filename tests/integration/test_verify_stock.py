@@ -41,7 +41,10 @@ def leftovers() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("prunekit-verify-*"))
 
 
-def test_good_folder_passes_every_check_and_leaves_nothing(llama: Path) -> None:
+def test_good_folder_passes_every_check_and_leaves_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
     files, temporary = sorted(llama.rglob("*")), leftovers()
     report = verify(llama, make_reference(model))
