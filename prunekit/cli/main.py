@@ -89,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
+        # Caught inside a string that was being executed (dataclasses are made so), an interruption makes CPython end by
+        # the signal whatever is returned here; executing another string clears that.
+        exec("")
         sys.stderr.write("\n")
         _errors.show(_interrupted(), as_json=as_json)
         return 130

@@ -164,6 +164,24 @@ def test_interruption_ends_with_130(stop, monkeypatch, capsys) -> None:
     assert "error: interrupted" in capsys.readouterr().err
 
 
+def test_interruption_inside_an_executed_string_ends_with_130(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(
+        "import sys\n"
+        "from prunekit.cli import main\n"
+        "def stops(**arguments): exec('raise KeyboardInterrupt')\n"
+        "main.build = lambda load: stops\n"
+        # Once without counting, because what the first error imports hides what is looked for.
+        "main.main(['plan'])\n"
+        "sys.exit(main.main(['plan']))\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    ended = subprocess.run(
+        [sys.executable, "-m", "stopped"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert ended.returncode == 130, ended.stderr
+    assert "interrupted" in ended.stderr
+
+
 def test_interruption_inside_a_verb_ends_with_130(monkeypatch, capsys) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
