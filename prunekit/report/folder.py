@@ -8,7 +8,7 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit.plan.layout import auto_class
+from prunekit.modeling.families import auto_class
 from prunekit.report.card import CardFacts, model_card, read_metadata
 from prunekit.report.layer_map import details, layer_map, summary
 from prunekit.report.layer_map_image import write_layer_map

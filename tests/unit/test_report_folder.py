@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from prunekit.modeling.families import auto_class
 from prunekit.report.facts import facts_table
-from prunekit.report.folder import Story, auto_class, write_report
+from prunekit.report.folder import Story, write_report
 from prunekit.report.layer_map import Cell, Row
 from prunekit.report.outcome import outcome
 
