@@ -186,6 +186,12 @@ def present(block: nn.Module, kind: str) -> bool:
     return any(type(block.get_submodule(name)).__name__ != other.__name__ for name, other in swaps.items())
 
 
+def output_projection(block: nn.Module, kind: str) -> nn.Module:
+    """The layer that leads from the heads or neurons of a block's `attention` or `ffn` back to the residual stream."""
+    linears = _sublayer(block, kind).linears
+    return block.get_submodule(next(path for path, (side, _) in linears.items() if side == "in"))
+
+
 def skip(block: nn.Module, kind: str) -> None:
     """Makes a sub-layer the identity on the residual stream for good; its parameters are gone, its norm's too.
 
