@@ -95,6 +95,14 @@ class Stack:
             found: Tensor = self._sublayers[i](hidden, *args, **kwargs)
         return found
 
+    def projection(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [hidden, width] and bias [hidden] of the output projection of `addresses[i]`."""
+        number, kind = self._units[i]
+        layer: Any = output_projection(self._blocks[number], kind)
+        weight = layer.weight.detach()
+        # transformers' Conv1D stores [in, out].
+        return (weight.T if hasattr(layer, "nf") else weight), layer.bias
+
     @contextmanager
     def projections(self, seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
         """While open, every run of a sub-layer tells what enters and leaves its output projection.

@@ -14,6 +14,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer
+from prunekit.pipeline.mend import as_stored, mended, put_into
 from prunekit.plan.layout import loads
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ def run(
     made = make_plan(recipe, progress, talk)
     clock.lap("plan")
     check_evaluation(made.view, recipe)
+    if recipe.repair is not None:
+        talk(f"repairing by {recipe.repair.method}")
+        made = mended(recipe, made, progress)
+        clock.lap("repair")
     with atomic_folder(output, overwrite) as folder:
         return _finish(recipe, made, output, folder, progress, talk, clock)
 
@@ -131,7 +136,8 @@ def _finish(
     from prunekit.surgery import engine
 
     talk(f"writing a {made.layout.kind} checkpoint")
-    engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout)
+    replaced = as_stored(made.view, made.repaired)
+    engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced)
     clock.lap("cut")
     talk("measuring before and after")
     before, after, reference = _measured(recipe, made, folder, progress)
@@ -165,7 +171,7 @@ def _measured(
 
 
 def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
-    """Outputs of the dense model with the removed sub-layers passed over; None where a plan narrows or is too large.
+    """Outputs of the dense model with the removed sub-layers passed over, repaired; None if it narrows or is too large.
 
     Args:
         dense: changed on the way; not to be used afterwards.
@@ -179,10 +185,12 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     if made.plan.keep or made.before.params > _REFERENCE_PARAMS:
         return None
     dense = dense.to("cpu", torch.float64)
+    put_into(dense, made.view, made.repaired)
     for address in made.plan.drop:
         _, number, kind = address.split(".")
         skip(blocks_of(dense)[int(number)], kind)
-    return make_reference(dense, load_tokenizer(folder), "the dense model without what was removed")
+    name = "the dense model without what was removed" + ", repaired" * bool(made.repaired)
+    return make_reference(dense, load_tokenizer(folder), name)
 
 
 def _exported(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -233,6 +241,7 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
         "recipe": effective,
         "plan": made.plan.to_json(),
         "orders": [order.to_json() for order in made.orders],
+        **({"repair": dict(made.repair)} if made.repair else {}),
         **{key: value for key, value in data.items() if key != "output"},
     }
     write_json(folder / MANIFEST, manifest)
