@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check fix docs bench clean
+.PHONY: help setup demo test test-all test-browser check fix docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,10 @@ test: $(READY) ## the tests, without the slow ones
 
 test-all: $(READY) ## the tests with the slow ones, and those for a GPU where there is one
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network"
+
+test-browser: $(READY) ## the HTML report in a headless Chromium (Debian: apt-get install chromium)
+	$(PIP) install -e '.[browser]'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser tests/web
 
 check: $(READY_DEV) ## format, lint, types, import rules, generated pages; writes nothing
 	$(BIN)/ruff format --check .
