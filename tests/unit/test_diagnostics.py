@@ -171,7 +171,7 @@ def test_sensitivity_is_the_distance_of_the_model_without_the_sublayer() -> None
     panel = measured(Sensitivity(distance="kl"), subject(tiny_model("llama"), inputs))["sensitivity"]
     with torch.no_grad():
         dense = tiny_model("llama")(**inputs).logits.log_softmax(-1)
-        for block, kind in ((0, "attention"), (2, "mlp")):
+        for block, kind in ((0, "attention"), (2, "ffn")):
             cut = tiny_model("llama")
             skip(cut.model.layers[block], kind)
             logs = cut(**inputs).logits.log_softmax(-1)
