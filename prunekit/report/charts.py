@@ -149,12 +149,12 @@ def heat_map(scores: ScoresPart, plan: PlanPart) -> HeatMap:
     """Scores as cells; units inside a sub-layer by row, whole units over depth."""
     finite = [value for value in scores.values if value is not None and math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
-    parts = [unit.rsplit(".", 2) for unit in scores.units]
     if scores.kind in ("blocks", "sublayers", "attention", "ffn"):
         return _tiles(scores, plan, low, high)
     groups: dict[str, list[tuple[str, float | None]]] = {}
-    for piece, value in zip(parts, scores.values, strict=True):
-        groups.setdefault(".".join(piece[:-1]), []).append((piece[-1], value))
+    for unit, value in zip(scores.units, scores.values, strict=True):
+        address, _, position = unit.rpartition(".")
+        groups.setdefault(address, []).append((position, value))
     widest = max((len(group) for group in groups.values()), default=0)
     if widest > _MOST_COLUMNS:
         return _spread(groups, low, high)
@@ -174,8 +174,9 @@ def heat_map(scores: ScoresPart, plan: PlanPart) -> HeatMap:
 
 def _kept(plan: PlanPart, address: str, width: int) -> set[str]:
     """Positions that stay; empty where nothing is cut, or where the scores are of a model that was cut before."""
+    owner, _, kind = address.rpartition(".")
     kept = plan.keep.get(address)
-    if kept is None or (kept and kept[-1] >= width):
+    if kept is None or plan.widths.get(owner, {}).get(kind) != width:
         return set()
     return {str(position) for position in kept}
 

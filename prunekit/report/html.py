@@ -89,8 +89,8 @@ def _headline(run: Run) -> Iterator[_Tile]:
             continue
         a, b = run.before.get(measure.key), run.after.get(measure.key)
         for line in lines({measure.key: a}, {measure.key: b}):
-            share = measure.key in _SHARES and bool(a) and b is not None
-            left = max(0.0, min(100.0, 100.0 * b / a)) if share and a and b is not None else None
+            whole = a if measure.key in _SHARES else None
+            left = max(0.0, min(100.0, 100.0 * b / whole)) if whole and b is not None else None
             yield _Tile(line.label, line.unit, line.before, line.after, line.change, left)
 
 
@@ -124,25 +124,17 @@ class _Block:
 
 def _widths(run: Run) -> list[dict[str, str]]:
     """Heads, KV groups and neurons of every block before and after, where the manifest has them."""
-    found: dict[str, list[int]] = {}
-    listed = run.plan.model.get("sublayers")
-    for entry in listed if isinstance(listed, list) else []:
-        if isinstance(entry, list) and entry and isinstance(entry[0], str):
-            found[entry[0]] = [n for n in entry[1:] if isinstance(n, int)]
-    rows = []
+    found, rows = run.plan.widths, []
     for row in run.rows if found else []:
-        attention, ffn = (found.get(f"blocks.{row.block}.{kind}", []) for kind in KINDS)
-        kept_kv, kept_rep = (
-            _kept(row.attention, name, width)
-            for name, width in zip(("kv_groups", "query_heads"), (*attention, 0, 0)[:2], strict=True)
-        )
-        kv, rep = (*attention, 0, 0)[:2]
+        attention, ffn = (found.get(f"blocks.{row.block}.{kind}", {}) for kind in KINDS)
+        kv, rep, neurons = attention.get("kv_groups", 0), attention.get("query_heads", 0), ffn.get("neurons", 0)
+        kept_kv, kept_rep = _kept(row.attention, "kv_groups", kv), _kept(row.attention, "query_heads", rep)
         rows.append(
             {
                 "block": str(row.block),
                 "query_heads": _change(kv * rep, kept_kv * kept_rep),
                 "kv_groups": _change(kv, kept_kv),
-                "neurons": _change(ffn[0], _kept(row.ffn, "neurons", ffn[0])) if ffn else "-",
+                "neurons": _change(neurons, _kept(row.ffn, "neurons", neurons)),
             }
         )
     return rows

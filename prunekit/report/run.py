@@ -44,6 +44,17 @@ class PlanPart(_Part):
     keep: dict[str, tuple[NonNegativeInt, ...]]
     model: dict[str, Any] = {}
 
+    @property
+    def widths(self) -> dict[str, dict[str, int]]:
+        """Units of each kind in every sub-layer of the source; {} where the manifest does not say."""
+        listed, found = self.model.get("sublayers"), {}
+        for entry in listed if isinstance(listed, list) else []:
+            address, *counts = entry if isinstance(entry, list) and entry else [None]
+            kinds = ("neurons",) if str(address).endswith(".ffn") else ("kv_groups", "query_heads")
+            if len(counts) >= len(kinds) and all(isinstance(count, int) for count in counts):
+                found[str(address)] = dict(zip(kinds, counts, strict=False))
+        return found
+
 
 class ScoresPart(_Part):
     """Scores of one step; higher = keep."""

@@ -95,6 +95,7 @@ PLAN = PlanPart.model_validate(
     {
         "drop": ["blocks.0.attention", "blocks.0.ffn", "blocks.1.ffn"],
         "keep": {"blocks.2.attention.kv_groups": [0, 2], "blocks.3.attention.kv_groups": [0]},
+        "model": {"sublayers": [[f"blocks.{b}.attention", 3, 3, 64] for b in range(4)]},
     }
 )
 
@@ -114,6 +115,18 @@ def test_heat_of_heads_marks_cut_heads_and_removed_sublayers() -> None:
     assert removed["blocks.0.attention"] == [True, True, True]
     assert removed["blocks.1.attention"] == [False, False, False]
     assert removed["blocks.2.attention"] == [False, True, False]
+
+
+def test_heat_marks_nothing_where_positions_are_those_of_an_earlier_cut() -> None:
+    values = {f"blocks.2.attention.kv_groups.{g}": float(g) for g in range(2)}
+    ((_, cells),) = heat_map(scores("kv_groups", values), PLAN).rows
+    assert [cell.removed for cell in cells] == [False, False]
+
+
+def test_widths_of_a_block_are_before_and_after() -> None:
+    text = page(manifest())
+    row = re.search(r'<th scope="row">1</th>(.*?)</tr>', text).group(1)
+    assert re.findall(r">([^<]+)</td>", row) == ["9 → 6", "3 → 2", "1,536"]
 
 
 def test_heat_of_many_units_shows_their_spread() -> None:
