@@ -74,7 +74,8 @@ def run(
 
     Args:
         recipe: all of it.
-        output: folder to write: the checkpoint at its top, `onnx/`, `prunekit.json`, the model card, the layer map.
+        output: folder to write: the checkpoint at its top, `onnx/`, `prunekit.json`, the model card, the
+            layer map, `report.html`.
         overwrite: replace a model folder that is there.
         progress: bars.
         talk: told in a line what happens now.
@@ -219,10 +220,11 @@ def _verified(folder: Path, reference: Reference | None, progress: Progress) -> 
 
 
 def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progress) -> None:
-    """The manifest, the recipe with every default, the model card and the layer map."""
+    """The manifest, the recipe with every default, the model card, the layer map and the HTML report."""
     import yaml
 
-    from prunekit.report.folder import Story, versions, write_report
+    from prunekit.report.card import read_inherited
+    from prunekit.report.folder import versions, write_report
 
     made, data = result.made, result.to_json()
     effective = recipe.effective()
@@ -237,28 +239,17 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
             "kind": source.kind,
             "revision": source.revision,
             "sha256": _digests(made.view, progress),
+            "card": read_inherited(made.view.checkpoint.folder),
         },
         "recipe": effective,
         "plan": made.plan.to_json(),
         "orders": [order.to_json() for order in made.orders],
         **({"repair": dict(made.repair)} if made.repair else {}),
         **{key: value for key, value in data.items() if key != "output"},
+        "notes": _notes(recipe),
     }
     write_json(folder / MANIFEST, manifest)
-    sample = recipe.evaluate.sample
-    story = Story(
-        name=recipe.name or source.name,
-        source=recipe.model.source,
-        layout=made.layout.kind,
-        loads=data["loads"],
-        before=result.before,
-        after=result.after,
-        recipe=text,
-        prompt=sample.prompt if sample is not None else "",
-        notes=_notes(recipe),
-        onnx=ONNX if ONNX in recipe.export.formats else "",
-    )
-    write_report(folder, made.view, made.plan, story)
+    write_report(folder)
 
 
 def _digests(view: ModelView, progress: Progress) -> dict[str, str]:

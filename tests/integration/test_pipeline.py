@@ -73,7 +73,8 @@ def test_run_writes_a_whole_folder_and_leaves_the_source_alone(small: Small, tmp
     assert digest(source) == before
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
     names = {p.name for p in (tmp_path / "o").iterdir()}
-    assert {"model.safetensors", "config.json", "prunekit.json", "recipe.yaml", "README.md", "layer_map.png"} <= names
+    assert {"model.safetensors", "config.json", "prunekit.json", "recipe.yaml"} <= names
+    assert {"README.md", "layer_map.png", "report.html"} <= names
     manifest = json.loads((tmp_path / "o" / "prunekit.json").read_text())
     assert manifest["source"]["sha256"]["model.safetensors"] == before["model.safetensors"]
     assert manifest["after"]["block_params"] * BLOCKS == manifest["before"]["block_params"] * (BLOCKS - 1)
