@@ -264,8 +264,12 @@ def _digests(view: ModelView, progress: Progress) -> dict[str, str]:
 
 
 def _notes(recipe: Recipe) -> list[str]:
-    """How the figures were measured, in sentences."""
+    """How the result was repaired and the figures were measured, in sentences."""
     asked, notes = recipe.evaluate, []
+    if recipe.repair is not None:
+        r = recipe.repair.calibrate
+        fitted = f"{r.sequences} sequences of {r.length_tokens} tokens of `{Path(r.data).name}`"
+        notes.append(f"Repaired by {recipe.repair.method}, fitted on {fitted}; shapes are those of the cut.")
     if asked.perplexity is not None:
         p = asked.perplexity
         notes.append(f"Perplexity: {p.sequences} windows of {p.length_tokens} tokens of `{Path(p.data).name}`.")
