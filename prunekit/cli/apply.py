@@ -30,7 +30,8 @@ def apply(
     from prunekit.checkpoint.sources import resolve
     from prunekit.core.files import atomic_folder
     from prunekit.plan.cost import cost
-    from prunekit.plan.layout import choose_layout, loads
+    from prunekit.plan.layout import choose_layout
+    from prunekit.plan.loads import loads
     from prunekit.plan.plan import Plan
     from prunekit.report.layer_map import layer_map
     from prunekit.report.outcome import outcome
@@ -45,7 +46,7 @@ def apply(
             engine.apply(view, cuts, folder, max_shard_bytes, progress)
     before, after = asdict(cost(view)), asdict(cost(view, cuts))
     layout = choose_layout(view, cuts)
-    rows, where = layer_map(view, cuts), loads(view, layout)
+    rows, where = layer_map(view, cuts), loads(view, cuts, layout)
     data = {
         "output": str(output),
         "layout": layout.kind,

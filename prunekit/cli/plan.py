@@ -41,7 +41,7 @@ def show_plan(recipe: Recipe, out: Output, file: Path | None = None, overwrite: 
     """
     from prunekit import pipeline
     from prunekit.cli._files import require_free
-    from prunekit.plan.layout import loads
+    from prunekit.plan.loads import loads
     from prunekit.report.layer_map import layer_map
     from prunekit.report.outcome import outcome
 
@@ -53,7 +53,7 @@ def show_plan(recipe: Recipe, out: Output, file: Path | None = None, overwrite: 
         made = pipeline.make_plan(recipe, progress=progress, talk=out.talk)
     rows = layer_map(made.view, made.plan)
     before, after = asdict(made.before), asdict(made.after)
-    where = loads(made.view, made.layout)
+    where = loads(made.view, made.plan, made.layout)
     data: dict[str, Any] = {
         "plan": made.plan.to_json(),
         "layout": made.layout.kind,

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from prunekit.core.errors import PrunekitError
 from prunekit.core.recipe_fields import knob_problems
-from prunekit.core.recipe_model import EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Kind
+from prunekit.core.recipe_model import ALTERNATING, EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Kind
 from prunekit.core.recipe_problems import Problem, near
 from prunekit.core.registry import REPAIRS
 from prunekit.core.yaml_lines import KeyPath
@@ -27,9 +27,11 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
         if isinstance(step, Mapping) and "rewire" not in step:
             path: KeyPath = ("steps", index)
             problems += _budget(step, path)
+            problems += _alternating(step, path)
             problems += _method(step, path)
     problems += _repair(data)
     problems += _export(data)
+    problems += _require(data)
     problems += _expect(data)
     return problems
 
@@ -71,6 +73,23 @@ def _currency(step: Mapping[str, Any], raw: Mapping[str, Any], here: KeyPath) ->
         why = "a search orders the units of the whole model"
         hint = "take it out, or use a score"
         yield Problem(f"`within: {raw['within']}` does not go with a search", (*here, "within"), why=why, hint=hint)
+
+
+def _alternating(step: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
+    """What `keep_alternating` does not go with."""
+    budget, by, kind = step.get("budget"), step.get("by"), step.get("remove")
+    if not isinstance(budget, Mapping) or budget.get("keep_alternating") is not True:
+        return
+    if kind in KINDS and kind != "sublayers":
+        why = "whole blocks and widths leave them taking turns" if kind not in ("attention", "ffn") else ""
+        what = f"`keep_alternating` does not go with `remove: {kind}`"
+        hint = "take it out" if why else "use `remove: sublayers`, which takes both"
+        yield Problem(what, (*path, "budget", "keep_alternating"), why=why, hint=hint)
+    candidates = by.get("candidates") if isinstance(by, Mapping) else None
+    if isinstance(candidates, str) and candidates not in ALTERNATING:
+        what = f"`candidates: {candidates}` contradicts `keep_alternating`"
+        why = "single sub-layers would break the turns of attention and FFN"
+        yield Problem(what, (*path, "by", "candidates"), why=why, hint="take `candidates` out, or use pairs")
 
 
 def _method(step: Mapping[str, Any], path: KeyPath) -> list[Problem]:
@@ -141,6 +160,16 @@ def _export(data: Mapping[str, Any]) -> Iterator[Problem]:
     twice = {f for f in formats if isinstance(f, str) and formats.count(f) > 1}
     for name in sorted(twice):
         yield Problem(f"`formats` names {name} twice", ("export", "formats"), hint="keep one of them")
+
+
+def _require(data: Mapping[str, Any]) -> Iterator[Problem]:
+    required = data.get("require")
+    names = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem(f"`require` names {name} twice", ("require",), hint="keep one of them")
+    if "transformers" in names and _inside(data, "export", "layout") == "heterogeneous":
+        why = "a heterogeneous layout has classes of its own"
+        yield Problem("`require: transformers` contradicts `layout: heterogeneous`", ("require",), why=why)
 
 
 def _expect(data: Mapping[str, Any]) -> Iterator[Problem]:

@@ -26,6 +26,19 @@ from prunekit.core.registry import REPAIRS, SCORES, SEARCHES, Registry
 
 Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons"]
 WIDTH_KINDS = ("query_heads", "kv_groups", "neurons")
+# Where a result can be asked to load; `plan/loads.py` says what each takes.
+Target = Literal[
+    "transformers",
+    "prunekit",
+    "remote_code",
+    "vllm",
+    "tensorrt_llm",
+    "llama_cpp",
+    "onnxruntime",
+    "onnxruntime_genai",
+]
+# Values of a search's `candidates` that leave attention and FFN taking turns.
+ALTERNATING = ("pairs", "blocks")
 REGISTRIES: dict[str, Registry] = {"score": SCORES, "search": SEARCHES}
 
 
@@ -144,6 +157,13 @@ class Budget(_Part):
     min_keep: StrictInt = Field(default=1, ge=1, description="Units that stay in each group at least.")
     protect: tuple[StrictStr, ...] = Field(
         default=(), description="Addresses that stay, with * and ? allowed, such as `blocks.0.*`."
+    )
+    keep_alternating: StrictBool = Field(
+        default=False,
+        description=(
+            "With `remove: sublayers`: only pairs of neighbours go, half a block apart too, so that attention and FFN "
+            "take turns and the result is a shorter stock model."
+        ),
     )
 
 
@@ -304,6 +324,10 @@ class Recipe(_Part):
     model: Model = Field(description="Which model is pruned, and how it is loaded.")
     calibrate: Calibrate = Field(default=Calibrate(), description="Text that methods run the model on.")
     steps: tuple[Step, ...] = Field(min_length=1, description="Removals, one after the other.")
+    require: tuple[Target, ...] = Field(
+        default=(),
+        description="Where the result must load; the steps obey what is needed for that, or the recipe fails at once.",
+    )
     repair: Repair | None = Field(default=None, description="What makes up for the cut, without training.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after.")
     export: Export = Field(default=Export(), description="Formats and layout that are written.")

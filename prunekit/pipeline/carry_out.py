@@ -15,7 +15,7 @@ from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer
 from prunekit.pipeline.mend import as_stored, mended, put_into
-from prunekit.plan.layout import loads
+from prunekit.plan.loads import loads
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe
@@ -57,7 +57,7 @@ class Result:
         return {
             "output": str(self.output),
             "layout": made.layout.kind,
-            "loads": loads(made.view, made.layout),
+            "loads": loads(made.view, made.plan, made.layout),
             "before": dict(self.before),
             "after": dict(self.after),
             "expectations": self.expectations,

@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a plan gives, and where that loads; known before the cut."""
+"""Which kind of checkpoint a plan gives, known before the cut."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from prunekit.core.errors import PlanError
-from prunekit.modeling.families import auto_class, hetero_families
+from prunekit.modeling.families import hetero_families
 from prunekit.plan.cost import kept_widths
 from prunekit.structure.view import WIDTHS
 
@@ -118,25 +118,3 @@ def _config_limit(view: ModelView, plan: Plan, left: list[SubLayer], moved: bool
             if isinstance(value, list) and len(value) == depth and key not in view.arch.lists:
                 return f"the list `{key}` of the configuration is as long as the model is deep, and nobody knows why"
     return ""
-
-
-def loads(view: ModelView, layout: Layout) -> dict[str, str]:
-    """Where a result loads, and how.
-
-    What is said of transformers and ONNX Runtime is what `prunekit verify` and the export check; the rest follows from
-    the configuration being a stock one.
-    """
-    auto = auto_class(view.config.get("architectures") or ())
-    if layout.kind == "heterogeneous":
-        no = f"no: {layout.reason or 'blocks differ'}"
-        return {
-            "transformers": f"{auto} with trust_remote_code=True, by the file in the folder",
-            "transformers and prunekit": f"{auto} after `import prunekit`",
-            "ONNX Runtime": "through `prunekit export`",
-            "vLLM, TensorRT-LLM, llama.cpp": no,
-        }
-    return {
-        "transformers": f"{auto}, no custom code",
-        "ONNX Runtime": "through `prunekit export`",
-        "vLLM, TensorRT-LLM, llama.cpp": "wherever the dense model runs: class and tensor names are its own",
-    }

@@ -58,7 +58,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         )
 
     monkeypatch.setattr("prunekit.pipeline.make_plan", make_plan)
-    monkeypatch.setattr("prunekit.plan.layout.loads", lambda view, layout: {"transformers": "stock class"})
+    monkeypatch.setattr("prunekit.plan.loads.loads", lambda view, plan, layout: {"transformers": "yes: stock class"})
     return seen
 
 

@@ -12,7 +12,9 @@ import torch
 import transformers
 
 from prunekit.core.files import atomic_folder
+from prunekit.core.recipe_model import Budget
 from prunekit.modeling.load import load_model
+from prunekit.plan.allocate import Scored, allocate
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import WIDTHS, ModelView
@@ -24,6 +26,7 @@ TOLERANCE = 1e-10
 PRE_NORM = tuple(family for family in FAMILIES if family != "bert")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 CUTS = ("blocks", "sublayers", "kv_groups", "query_heads", "neurons", "mixture")
+DEPTH = {"llama": "num_hidden_layers", "gpt2": "n_layer"}
 # Blocks, output matrices of attention and FFN, and the dimension of those matrices that heads and neurons enter by.
 PLACES = {
     **dict.fromkeys(LLAMAS, ("model.layers", "self_attn.o_proj", "mlp.down_proj", 1)),
@@ -139,6 +142,26 @@ def test_repacked_equals_mask(family: str, tmp_path: Path) -> None:
     layout = cut(view, plan, tmp_path / "cut")
     assert (layout.kind, layout.pairs) == ("repacked", ((0, 0), (1, 2), (3, 3)))
     require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_alternating_removals_repack_to_what_blocks_that_differ_compute(family: str, tmp_path: Path) -> None:
+    """Random scores of single sub-layers, pairs of neighbours removed: half a block apart too."""
+    view = ModelView.open(write_tiny(family, tmp_path / "dense", **{DEPTH[family]: 6}))
+    kinds = set()
+    for seed in range(6):
+        draw = random.Random(seed)
+        group = view.groups("sublayers")[0]
+        scored = Scored(group, [draw.random() for _ in group.units])
+        budget = Budget(units=draw.choice([2, 4, 6]), keep_alternating=True)
+        plan = allocate(view, view, "sublayers", [scored], budget)
+        kinds.add(cut(view, plan, tmp_path / f"repacked {seed}").kind)
+        cut(view, plan, tmp_path / f"own class {seed}", "heterogeneous")
+        expected = masked_outputs(family, view, plan)
+        require_same(outputs(tmp_path / f"repacked {seed}", family), expected)
+        require_same(outputs(tmp_path / f"own class {seed}", family), expected)
+    assert "repacked" in kinds
+    assert "heterogeneous" not in kinds
 
 
 @pytest.mark.parametrize("family", LLAMAS)
