@@ -208,7 +208,7 @@ def _toward_stock(view: ModelView, plan: Plan) -> str:
         if len(more) < len(view.sublayers) and is_stock(view, Plan.make(view, more)):
             if len(extra) <= _NAMED:
                 return f"remove {' and '.join(extra)} too"
-            return f"remove {len(extra)} more sub-layers, or choose with `keep_alternating: true`"
+            return f"remove {len(extra)} more sub-layers, or use `remove: sublayers` with `keep_alternating: true`"
     return ""
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import PlanError
-from prunekit.core.files import write_json
 from prunekit.structure.view import WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
 
 VERSION = 1
-_MAX_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -102,27 +98,6 @@ class Plan:
         """Plain values."""
         keep = {address: list(kept) for address, kept in self.keep.items()}
         return {"plan": VERSION, "model": dict(self.model), "drop": list(self.drop), "keep": keep}
-
-    def write(self, path: Path) -> None:
-        """Writes the plan as JSON."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def read(cls, path: Path) -> Plan:
-        """The plan in a file; whether it fits a model is for `check`.
-
-        Raises:
-            PlanError: if it is no plan.
-        """
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise PlanError(f"`{path}` is larger than any plan")
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise PlanError(f"`{path}` cannot be read", why=error.strerror or str(error)) from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            hint = "prunekit plan --recipe FILE --output plan.json makes one"
-            raise PlanError(f"`{path}` is not a plan", why=" ".join(str(error).split())[:200], hint=hint) from error
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:

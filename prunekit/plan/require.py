@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import PlanError
 from prunekit.core.recipe_model import ALTERNATING
@@ -100,7 +100,8 @@ def obedient(recipe: Recipe, step: Step, view: ModelView, plan: Plan) -> Step:
     Raises:
         PlanError: if the step's own search is told to do otherwise, or `keep_alternating` is not possible.
     """
-    here, budget, changes = after(view, plan), step.budget, {}
+    here, budget = after(view, plan), step.budget
+    changes: dict[str, Any] = {}
     if recipe.require and _keeps(recipe, view, plan, ()):
         if step.remove == "neurons" and budget.within == "group":
             changes["multiple_of"] = math.lcm(budget.multiple_of, _rows(recipe, here))

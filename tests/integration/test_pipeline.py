@@ -24,7 +24,7 @@ from prunekit.core.recipe import load_recipe, parse_recipe
 from prunekit.core.types import Order
 from prunekit.export.onnx import export_onnx
 from prunekit.export.verify import VerifyReport
-from prunekit.plan.plan import Plan
+from prunekit.plan.interchange import read_plan
 from prunekit.structure.view import ModelView
 from tests.tiny import BLOCKS, FFN
 
@@ -225,8 +225,8 @@ def test_order_searched_once_serves_every_fraction(small: Small, tmp_path: Path)
 
 def test_plan_replays_on_the_same_model(small: Small, tmp_path: Path) -> None:
     made = pipeline.make_plan(recipe(small("llama"), BLOCK))
-    made.plan.write(tmp_path / "plan.json")
-    Plan.read(tmp_path / "plan.json").check(ModelView.open(small("llama")))
+    write_json(tmp_path / "plan.json", made.plan.to_json())
+    assert read_plan(tmp_path / "plan.json", ModelView.open(small("llama"))) == made.plan
 
 
 BAD: list[tuple[str, dict[str, Any], type[PrunekitError], str]] = [
