@@ -14,6 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic.fields import FieldInfo
 
 from prunekit.core.recipe_model import REGISTRIES
+from prunekit.core.registry import METRICS, Registry
+
+# Every kind of method: those that a recipe's `by` may name, and the metrics of data pruning.
+ROLES: dict[str, Registry] = {**REGISTRIES, "metric": METRICS}
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,19 @@ class Card:
 
 def method_names() -> list[tuple[str, str]]:
     """(role, name) of every method, scores first."""
-    return [(role, name) for role, registry in REGISTRIES.items() for name in registry.names()]
+    return [(role, name) for role, registry in ROLES.items() for name in registry.names()]
 
 
 def card(role: str, name: str) -> Card:
     """Card of one method.
 
     Args:
-        role: `score` or `search`.
+        role: `score`, `search` or `metric`.
         name: registry name.
     Raises:
         UsageError: if there is no such method.
     """
-    cls = REGISTRIES[role].get(name)
+    cls = ROLES[role].get(name)
     text = inspect.cleandoc(cls.__doc__ or "")
     summary, _, rest = text.partition("\n")
     return Card(
@@ -168,8 +172,11 @@ def type_text(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint))
 
 
-def example_step(entry: Card) -> str:
-    """YAML of a recipe step that uses the method, with its `example` knobs."""
+def example_use(entry: Card) -> tuple[str, str]:
+    """Where a method is used, and how, with its `example` knobs: YAML of a recipe step, or a metric's command."""
+    if entry.role == "metric":
+        knobs = "".join(f" --set {name}={yaml_text(value)}" for name, value in entry.example.items())
+        return "on the command line", f"prunekit data score DATASET --metric {entry.name}{knobs}\n"
     kind = entry.kinds[0] if entry.kinds else "blocks"
     by = yaml_text({entry.role: entry.name, **entry.example})
-    return f"steps:\n  - remove: {kind}\n    by: {by}\n    budget: {{remove: 0.2, of: params}}\n"
+    return "in a recipe", f"steps:\n  - remove: {kind}\n    by: {by}\n    budget: {{remove: 0.2, of: params}}\n"

@@ -16,9 +16,9 @@ def json_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     definitions["Method"] = {
         "description": definitions["Method"]["description"],
-        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names()],
+        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _choosers()],
     }
-    for role, name in method_names():
+    for role, name in _choosers():
         knobs = TypeAdapter(REGISTRIES[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
         for inner, definition in knobs.pop("$defs", {}).items():
             definitions[f"{role}_{name}_{inner}"] = definition
@@ -27,6 +27,11 @@ def json_schema() -> dict[str, Any]:
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "prunekit recipe"}
+
+
+def _choosers() -> list[tuple[str, str]]:
+    """(role, name) of the methods that a step may name."""
+    return [(role, name) for role, name in method_names() if role in REGISTRIES]
 
 
 def _method(role: str, name: str, knobs: dict[str, Any]) -> dict[str, Any]:
