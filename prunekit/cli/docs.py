@@ -43,6 +43,7 @@ expect: {params_max: 1.2e8}
 _SECTIONS = (
     ("Model", "model"),
     ("Calibrate", "calibrate"),
+    ("Select", "calibrate.select"),
     ("Step", "steps"),
     ("Budget", "steps: budget"),
     ("Evaluate", "evaluate"),

@@ -90,8 +90,17 @@ def _sample(blocks: Blocks, n: int, d: int, points: int, seed: int) -> np.ndarra
 def _faiss(points: np.ndarray, k: int, seed: int, iterations: int) -> Clusters:
     import faiss
 
+    # Random beginnings, faiss's default, often leave two clusters as one; older versions have no other.
+    better = getattr(faiss, "ClusteringInitMethod_KMEANS_PLUS_PLUS", None)
+    begin = {"nredo": 3} if better is None else {"init_method": better}
     kmeans = faiss.Kmeans(
-        points.shape[1], k, niter=iterations, seed=seed, max_points_per_centroid=1 << 30, min_points_per_centroid=1
+        points.shape[1],
+        k,
+        niter=iterations,
+        seed=seed,
+        max_points_per_centroid=len(points),
+        min_points_per_centroid=1,
+        **begin,
     )
     kmeans.train(points)
     return Clusters(np.asarray(kmeans.centroids, np.float32), "faiss", len(points))
@@ -108,7 +117,7 @@ def _minibatch(blocks: Blocks, n: int, d: int, k: int, seed: int, room: int) -> 
     """Two passes of MiniBatchKMeans, begun from a sample so that blocks in the order of their class do no harm."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
-    begin = _sample(blocks, n, d, min(n, room // 2, max(k, 20 * k)), seed)
+    begin = _sample(blocks, n, d, max(k, min(n, room // 2, 20 * k)), seed)
     centres = KMeans(k, n_init=1, max_iter=5, random_state=seed, copy_x=False).fit(begin).cluster_centers_
     del begin
     found = MiniBatchKMeans(k, init=centres, n_init=1, random_state=seed, reassignment_ratio=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,7 +123,7 @@ class Encoder:
             inputs = {name: part.to(self.device) for name, part in inputs.items()}
             with torch.no_grad():
                 hidden = self.model.base_model(**inputs).last_hidden_state.float()
-            parts.append(_pooled(hidden, inputs.get("attention_mask")).cpu())
+            parts.append(pooled(hidden, inputs.get("attention_mask")).cpu())
         found = torch.cat(parts)
         return found[torch.argsort(torch.tensor(order))].numpy()
 
@@ -133,10 +133,7 @@ class Encoder:
         Raises:
             UsageError: if the model writes no text.
         """
-        import torch
-        from torch.nn.functional import cross_entropy
-
-        if not hasattr(self.model, "lm_head") or self.model.config.is_encoder_decoder:
+        if not hasattr(self.model, "lm_head") or getattr(self.model.config, "is_encoder_decoder", False):
             hint = "name one: --model smollm2-135m-instruct"
             raise UsageError(f"`{self.source}` gives no loss to text", why="it is no causal language model", hint=hint)
         found = np.zeros(len(values), np.float32)
@@ -145,11 +142,7 @@ class Encoder:
             places = order[first : first + 8]
             inputs = self.inputs([values[place] for place in places], data)
             inputs = {name: part.to(self.device) for name, part in inputs.items()}
-            with torch.no_grad():
-                logits = self.model(**inputs).logits[:, :-1].float()
-            target, mask = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:].float()
-            loss = cross_entropy(logits.transpose(1, 2), target, reduction="none") * mask
-            found[places] = (loss.sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
+            found[places] = causal_losses(self.model, inputs)
         return found
 
     def counts(self, values: Sequence[str]) -> np.ndarray:
@@ -172,8 +165,23 @@ def encoder(
     return Encoder(named, resolve(named, progress=progress).folder, device, max_tokens)
 
 
-def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of hidden states [n, length, d] over positions of the mask, or the first position without one: [n, d]."""
     if mask is None:
         return hidden[:, 0]
     weight = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+
+def causal_losses(model: Any, inputs: Mapping[str, Tensor]) -> np.ndarray:
+    """Mean cross-entropy in nats a token of each sequence, float32 [n]; the first token is not scored."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, :-1].float()
+    mask = inputs.get("attention_mask", torch.ones_like(ids))[:, 1:].float()
+    loss = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask
+    found: np.ndarray = (loss.sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
+    return found

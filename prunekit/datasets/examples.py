@@ -65,6 +65,11 @@ class Examples:
         """Examples."""
         return self.source.n
 
+    @property
+    def labelled(self) -> bool:
+        """Whether there is any label."""
+        return self.source.codes is not None and bool((self.source.codes >= 0).any())
+
     @cached_property
     def labels(self) -> np.ndarray:
         """Class numbers, int32 [n].
@@ -74,7 +79,7 @@ class Examples:
         """
         codes, path = self.source.codes, self.source.opened.path
         hint = "metrics without labels: length, loss, perplexity, random, ssl_prototypes"
-        if codes is None or (codes < 0).all():
+        if codes is None or not self.labelled:
             raise UsageError(f"`{path}` has no labels", why="this metric needs the class of every example", hint=hint)
         missing = int((codes < 0).sum())
         if missing:

@@ -45,8 +45,9 @@ class Rule:
         if self.keep is not None and not 0 < self.keep <= 1:
             raise UsageError(f"`keep: {self.keep:g}` is out of range", why="it is the fraction kept: 0 < keep <= 1")
         for name in ("examples", "tokens"):
-            if (getattr(self, name) or 1) < 1:
-                raise UsageError(f"`{name}: {getattr(self, name)}` is out of range", why="at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"`{name}: {value}` is out of range", why="at least 1")
         if not 0 <= self.class_floor <= 1:
             raise UsageError(f"`class_floor: {self.class_floor:g}` is out of range", why="0 <= class_floor <= 1")
 

@@ -45,7 +45,7 @@ class Ddd:
         "example are asked; one that all trained on scores 0"
     )
     status: ClassVar[str] = "preview"
-    example: ClassVar[dict[str, Any]] = {"models": 4, "epochs": 1}
+    example: ClassVar[dict[str, Any]] = {"models": 2, "epochs": 1}
 
     def score(self, data: Examples) -> np.ndarray:
         """Share of wrong models, float32 [n] in [0, 1], higher = keep."""

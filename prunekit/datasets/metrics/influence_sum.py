@@ -46,7 +46,7 @@ class InfluenceSum:
         "trained, not a network from scratch (--train model trains the whole small model)"
     )
     status: ClassVar[str] = "preview"
-    example: ClassVar[dict[str, Any]] = {"models": 4, "epochs": 1}
+    example: ClassVar[dict[str, Any]] = {"models": 2, "epochs": 1}
 
     def score(self, data: Examples) -> np.ndarray:
         """Summed absolute influence, float32 [n], higher = keep."""

@@ -39,6 +39,6 @@ class Loss:
 
         from prunekit.datasets.training import Run
 
-        if data.source.codes is None or (data.source.codes < 0).all():
+        if not data.labelled:
             return data.losses()
         return np.mean([outcome.loss for outcome in data.train(Run(epochs=self.epochs), self.models)], axis=0)

@@ -44,7 +44,7 @@ class Memorization:
         "network from scratch (--train model trains the whole small model)"
     )
     status: ClassVar[str] = "preview"
-    example: ClassVar[dict[str, Any]] = {"models": 4, "epochs": 1}
+    example: ClassVar[dict[str, Any]] = {"models": 2, "epochs": 1}
 
     def score(self, data: Examples) -> np.ndarray:
         """Estimated difference, float32 [n] in [-1, 1], higher = keep."""
