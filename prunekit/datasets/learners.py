@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -54,17 +54,28 @@ def model_learner(data: Examples) -> Learner:
     def make(width: int) -> nn.Module:
         with quiet():
             try:
-                model: nn.Module = auto.from_pretrained(
-                    encoder.folder, num_labels=n_classes, local_files_only=True, dtype=torch.float32
+                model, info = auto.from_pretrained(
+                    encoder.folder,
+                    num_labels=n_classes,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                    # The head of another task has another size; it is what is trained anew.
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
                 )
             except (ValueError, KeyError) as error:
                 why = " ".join(str(error).split())[:200]
                 raise UsageError(
                     f"`{encoder.source}` cannot become a classifier", why=why, hint="--train head"
                 ) from error
+        body = model.base_model_prefix + "."
+        keys = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+        wrong = [key for key in keys if key.startswith(body)]
+        if wrong:
+            raise UsageError(f"`{encoder.source}` has another shape for `{wrong[0]}` than its configuration says")
         if getattr(model.config, "pad_token_id", 0) is None:
             model.config.pad_token_id = encoder.tokenizer.pad_token_id
-        return model
+        return cast("nn.Module", model)
 
     return Learner(make, _inputs(data), labels, n_classes, encoder.device)
 
