@@ -24,7 +24,7 @@ import numpy as np
 
 KEEPS = (0.8, 0.6, 0.4, 0.2)
 SEEDS = (0, 1, 2)
-STEPS, BATCH, WIDTH = 400, 128, 64
+STEPS, BATCH, WIDTH = 200, 128, 64
 # Metric and knobs by the name in the table.
 METRICS: dict[str, tuple[str, dict[str, Any]]] = {
     "el2n, 1 model": ("el2n", {"models": 1}),
@@ -77,33 +77,36 @@ def accuracy(train: Any, dev: Any, kept: np.ndarray, seed: int) -> float:
     return float(right.mean())
 
 
-def measured(name: str, train: Any, dev: Any) -> Iterator[dict[str, Any]]:
-    """One row a metric, rule and fraction kept."""
+def measured(name: str, train: Any, dev: Any, metrics: list[str], done: set[Any]) -> Iterator[dict[str, Any]]:
+    """One row a metric, rule and fraction kept, less those that are done."""
     from prunekit.datasets.rules import Rule, choose, ranking
     from prunekit.datasets.score import made
 
     for data in (train, dev):
         data.vectors = np.load(data.embeddings_file)
     everything = np.arange(train.n)
-    yield row(name, "all", "", 1.0, [accuracy(train, dev, everything, seed) for seed in SEEDS], train, dev)
+    if ("all", "", 1.0) not in done:
+        yield row(name, "all", "", 1.0, [accuracy(train, dev, everything, seed) for seed in SEEDS], train, dev)
     for keep in KEEPS:
+        if ("random", "", keep) in done:
+            continue
         found = []
         for seed in SEEDS:
             order = np.random.default_rng(1000 + seed).permutation(train.n)
             found.append(accuracy(train, dev, choose(order, Rule(keep=keep), train.n, train.labels), seed))
         yield row(name, "random", "", keep, found, train, dev)
-    for label, (metric, knobs) in METRICS.items():
-        if metric == "length" and train.source.kind == "image":
+    for label in metrics:
+        metric, knobs = METRICS[label]
+        left = [(rule, keep) for rule in ("hard", "easy") for keep in KEEPS if (label, rule, keep) not in done]
+        if not left or (metric == "length" and train.source.kind == "image"):
             continue
         begin = time.perf_counter()
         scores = made(metric, knobs).score(train)
         seconds = time.perf_counter() - begin
-        for rule in ("hard", "easy"):
-            order = ranking(scores, rule == "hard", 0)
-            for keep in KEEPS:
-                kept = choose(order, Rule(keep=keep), train.n, train.labels)
-                found = [accuracy(train, dev, kept, seed) for seed in SEEDS]
-                yield {**row(name, label, rule, keep, found, train, dev), "score_s": round(seconds, 1)}
+        for rule, keep in left:
+            kept = choose(ranking(scores, rule == "hard", 0), Rule(keep=keep), train.n, train.labels)
+            found = [accuracy(train, dev, kept, seed) for seed in SEEDS]
+            yield {**row(name, label, rule, keep, found, train, dev), "score_s": round(seconds, 1)}
 
 
 def row(name: str, metric: str, rule: str, keep: float, found: list[float], train: Any, dev: Any) -> dict[str, Any]:
@@ -178,6 +181,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path)
     parser.add_argument("--dev", type=Path)
     parser.add_argument("--model", help="source of the embedding model [MiniLM for text]")
+    parser.add_argument("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), metavar="METRIC")
     parser.add_argument("--cache", type=Path, default=Path("out/data_pruning"), help="embeddings and finished seeds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data_pruning.jsonl"))
     parser.add_argument("--plot", type=Path, help="print tables and write the plot from --out; measure nothing")
@@ -193,14 +197,16 @@ def main() -> None:
         plot(rows, options.plot)
         return
     train, dev = (examples(path, options.model, options.cache) for path in (options.train, options.dev))
-    held = [r for r in load(options.out) if r["data"] != options.name] if options.out.is_file() else []
-    rows = []
-    for found in measured(options.name, train, dev):
-        rows.append(found)
-        mean = 100 * statistics.mean(found["accuracy"])
-        print(f"{found['metric']:24} {found['rule']:5} {found['keep']:.0%} {mean:.1f}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(json.dumps(r) + "\n" for r in [*held, *rows]), encoding="utf-8")
+    held = load(options.out) if options.out.is_file() else []
+    done = {(r["metric"], r["rule"], r["keep"]) for r in held if r["data"] == options.name}
+    # Row by row, so that a second run goes on where the first was stopped.
+    with options.out.open("a", encoding="utf-8") as out:
+        for found in measured(options.name, train, dev, options.metrics, done):
+            out.write(json.dumps(found) + "\n")
+            out.flush()
+            mean = 100 * statistics.mean(found["accuracy"])
+            print(f"{found['metric']:24} {found['rule']:5} {found['keep']:.0%} {mean:.1f}", flush=True)
 
 
 if __name__ == "__main__":

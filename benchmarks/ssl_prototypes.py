@@ -141,6 +141,7 @@ def main() -> None:
                     "load": round(os.getloadavg()[0], 1),
                 }
                 out.write(json.dumps(row) + "\n")
+                out.flush()
                 print(json.dumps(row), flush=True)
 
 
