@@ -16,9 +16,6 @@ from pydantic.fields import FieldInfo
 from prunekit.core.recipe_model import REGISTRIES
 from prunekit.core.registry import METRICS, Registry
 
-# Every kind of method: those that a recipe's `by` may name, and the metrics of data pruning.
-ROLES: dict[str, Registry] = {**REGISTRIES, "metric": METRICS}
-
 
 @dataclass(frozen=True)
 class Knob:
@@ -59,9 +56,14 @@ class Card:
         return dataclasses.asdict(self)
 
 
+def _roles() -> dict[str, Registry]:
+    """Every kind of method: those that a recipe's `by` may name, and the metrics of data pruning."""
+    return {**REGISTRIES, "metric": METRICS}
+
+
 def method_names() -> list[tuple[str, str]]:
     """(role, name) of every method, scores first."""
-    return [(role, name) for role, registry in ROLES.items() for name in registry.names()]
+    return [(role, name) for role, registry in _roles().items() for name in registry.names()]
 
 
 def card(role: str, name: str) -> Card:
@@ -73,7 +75,7 @@ def card(role: str, name: str) -> Card:
     Raises:
         UsageError: if there is no such method.
     """
-    cls = ROLES[role].get(name)
+    cls = _roles()[role].get(name)
     text = inspect.cleandoc(cls.__doc__ or "")
     summary, _, rest = text.partition("\n")
     return Card(

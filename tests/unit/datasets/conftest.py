@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("pyarrow")
-
 ROWS = [{"text": f"{'good' if i % 2 else 'bad'} film number {i}", "label": i % 2} for i in range(12)]
 
 

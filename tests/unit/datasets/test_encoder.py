@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pyarrow")
+
 from prunekit.core.errors import UsageError
 from prunekit.datasets.encoder import causal_losses, encoder, pooled
 from prunekit.datasets.examples import Examples, Settings

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("pyarrow")
+
 from prunekit.core.errors import EvaluationError, UsageError
 from prunekit.core.registry import METRICS
 from prunekit.datasets.metrics._subsets import held_out_errors, influence, memorization

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow")
+
 import pyarrow as pa
 import pyarrow.parquet as parquet
-import pytest
 
 from prunekit.core.errors import UsageError
 from prunekit.datasets.examples import Settings

@@ -7,10 +7,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow")
+
 import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as parquet
-import pytest
 
 from prunekit.core.errors import UsageError
 from prunekit.datasets.source import Reading, Source, class_counts, open_source
