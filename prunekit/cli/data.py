@@ -76,7 +76,6 @@ def score(
     quiet: options.Quiet = False,
 ) -> None:
     """Score the examples of a data set; higher means keep (hard). Under torchrun the ranks share the work."""
-    from prunekit.checkpoint.cache import cache_folder
     from prunekit.cli._files import require_free
     from prunekit.datasets.examples import Settings
     from prunekit.datasets.score import Request, manifest_file, write_scores
@@ -88,7 +87,7 @@ def score(
     for file in (target, manifest_file(target)):
         require_free(file, overwrite)
     reading = Reading(text_column, label_column, image_column, pieces, window_words, skip_bad)
-    settings = Settings(seed, train, device, memory_mib, cache_folder())
+    settings = Settings(seed, train, device, memory_mib)
     request = Request(dataset, knobs_of(metric, set_ or []), model, max_tokens, reading, settings)
     out = Output(json=json, quiet=quiet or not _first_rank())
     with out.progress() as progress:
@@ -157,7 +156,6 @@ def select(
     quiet: options.Quiet = False,
 ) -> None:
     """Keep a part of a scored data set, and write it in the format that the data set came in."""
-    from prunekit.checkpoint.cache import cache_folder
     from prunekit.cli._files import require_free
     from prunekit.core.files import require_free_folder
     from prunekit.datasets import select as work
@@ -173,7 +171,7 @@ def select(
         require_free_folder(target, overwrite=False) if form in ("hf", "images") else require_free(target, overwrite)
     out = Output(json=json, quiet=quiet)
     with out.progress() as progress:
-        settings = Settings(seed=seed, device=device, cache=cache_folder())
+        settings = Settings(seed=seed, device=device)
         chosen = work.select(file, wanted, near_duplicates, settings, progress)
     data: dict[str, Any] = {**chosen.to_json(), "output": None if dry_run else str(target)}
     if not dry_run:

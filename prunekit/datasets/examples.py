@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from prunekit.checkpoint.cache import cache_folder
 from prunekit.core.errors import EvaluationError, UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.datasets.ranks import Ranks, read_rows, shared_array
@@ -32,14 +33,14 @@ class Settings:
         trains: what the trained metrics train: a head on embeddings, or the whole small model.
         device: where models run: `cpu`, `cuda`.
         memory_mib: bound on the embeddings that are held in memory at once.
-        cache: folder for embeddings and finished seeds.
+        cache: folder for embeddings and finished seeds; `$PRUNEKIT_CACHE` or `~/.cache/prunekit` by default.
     """
 
     seed: int = 0
     trains: Literal["head", "model"] = "head"
     device: str = "cpu"
     memory_mib: int = 1024
-    cache: Path = field(default_factory=Path)
+    cache: Path = field(default_factory=cache_folder)
 
 
 @dataclass

@@ -132,7 +132,6 @@ def _jsonl(path: Path) -> Opened:
     import pyarrow.json as json
 
     def read() -> Iterator[pa.RecordBatch]:
-        # Explicit: a value that does not fit the type of the first block is an error, not a null.
         with _reading(path), json.open_json(path) as reader:
             for batch in reader:
                 yield from _sliced(batch)
