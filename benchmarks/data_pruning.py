@@ -154,13 +154,14 @@ def plot(rows: list[dict[str, Any]], target: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(r["data"] for r in rows))
-    figure, axes = pyplot.subplots(len(names), 2, figsize=(13, 4.4 * len(names)), squeeze=False, sharey="row")
+    figure, axes = pyplot.subplots(len(names), 2, figsize=(13, 4.4 * len(names)), squeeze=False)
     for line, name in zip(axes, names, strict=True):
         for axis, rule in zip(line, ("hard", "easy"), strict=True):
             mine = [r for r in rows if r["data"] == name and r["rule"] in ("", rule)]
             whole = next(statistics.mean(r["accuracy"]) for r in mine if r["metric"] == "all")
             axis.axhline(100 * whole, color="grey", linestyle=":", label="all examples")
-            for number, metric in enumerate(dict.fromkeys(r["metric"] for r in mine if r["metric"] != "all")):
+            for metric in dict.fromkeys(r["metric"] for r in mine if r["metric"] != "all"):
+                number = list(METRICS).index(metric) if metric in METRICS else 0
                 part = [r for r in mine if r["metric"] == metric]
                 mean = [100 * statistics.mean(r["accuracy"]) for r in part]
                 error = [100 * statistics.stdev(r["accuracy"]) for r in part]
