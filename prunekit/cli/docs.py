@@ -18,7 +18,7 @@ import typer
 
 from prunekit.cli.main import summary, verbs
 from prunekit.cli.methods import needs_text
-from prunekit.core.method_card import Card, card, example_step, method_names, type_text, yaml_text
+from prunekit.core.method_card import Card, card, example_use, method_names, type_text, yaml_text
 from prunekit.core.recipe import EXPECTATIONS, Recipe, parse_recipe
 from prunekit.core.recipe_fields import NOT_BUILT
 from prunekit.core.yaml_lines import read_yaml
@@ -43,6 +43,7 @@ expect: {params_max: 1.2e8}
 _SECTIONS = (
     ("Model", "model"),
     ("Calibrate", "calibrate"),
+    ("Select", "calibrate.select"),
     ("Step", "steps"),
     ("Budget", "steps: budget"),
     ("Evaluate", "evaluate"),
@@ -59,7 +60,7 @@ def pages() -> dict[str, str]:
     """Text of every generated page by its path below docs/."""
     cards = [card(role, name) for role, name in method_names()]
     made = {"reference/recipe.md": recipe_page(), "reference/cli.md": cli_page(), "methods/index.md": index_page(cards)}
-    made |= {f"methods/{entry.name}.md": card_page(entry) for entry in cards}
+    made |= {f"methods/{card_path(entry)}": card_page(entry) for entry in cards}
     return {path: text.rstrip() + "\n" for path, text in made.items()}
 
 
@@ -199,16 +200,21 @@ def _cli_default(parameter: inspect.Parameter, base: Any) -> str:
     return "" if parameter.default is None or base is bool else f"`{parameter.default}`"
 
 
+def card_path(entry: Card) -> str:
+    """Page of a method below methods/; metrics have a folder, for some are called like a score."""
+    return f"data/{entry.name}.md" if entry.role == "metric" else f"{entry.name}.md"
+
+
 def index_page(cards: list[Card]) -> str:
     """List of all methods."""
     rows = ["| method | kind | status | chooses | needs | what it does |", "|---|---|---|---|---|---|"]
     for entry in cards:
-        link, needs = f"[{entry.name}]({entry.name}.md)", needs_text(entry.needs, entry.role)
+        link, needs = f"[{entry.name}]({card_path(entry)})", needs_text(entry.needs, entry.role)
         rows.append(_row(link, entry.role, entry.status, ", ".join(entry.kinds), needs, entry.summary))
     intro = (
         "For people who choose a method. A score gives every unit one number and the lowest go; a search runs the cut "
-        "model to decide what goes next; a repair fits new weights to what is left. `preview` becomes `stable` once a "
-        "published or own number is reproduced.\n"
+        "model to decide what goes next; a repair fits new weights to what is left; a metric scores training examples "
+        "for `prunekit data`. `preview` becomes `stable` once a published or own number is reproduced.\n"
     )
     return "\n".join(["# Methods\n", _MADE, intro, *rows])
 
@@ -230,7 +236,8 @@ def card_page(entry: Card) -> str:
         for knob in entry.knobs:
             default = "required" if knob.default is None else f"`{knob.default}`"
             parts.append(_row(f"`{knob.name}`", knob.type, default, knob.meaning))
-    parts += ["\n## In a recipe\n", f"```yaml\n{example_step(entry)}```"]
+    where, example = example_use(entry)
+    parts += [f"\n## {where.capitalize()}\n", f"```{'' if entry.role == 'metric' else 'yaml'}\n{example}```"]
     return "\n".join(part for part in parts if part)
 
 
@@ -238,7 +245,7 @@ def stale(folder: Path) -> list[str]:
     """Pages that differ from what the code says, are missing, or belong to a method that is gone."""
     made = pages()
     wrong = [path for path, text in made.items() if not _same(folder / path, text)]
-    left = [p.relative_to(folder).as_posix() for p in sorted((folder / "methods").glob("*.md"))]
+    left = [p.relative_to(folder).as_posix() for p in sorted((folder / "methods").rglob("*.md"))]
     return sorted(wrong + [path for path in left if path not in made])
 
 

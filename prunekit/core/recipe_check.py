@@ -9,7 +9,7 @@ from prunekit.core.errors import PrunekitError
 from prunekit.core.recipe_fields import knob_problems
 from prunekit.core.recipe_model import EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Kind
 from prunekit.core.recipe_problems import Problem, near
-from prunekit.core.registry import REPAIRS
+from prunekit.core.registry import METRICS, REPAIRS
 from prunekit.core.yaml_lines import KeyPath
 
 KINDS = get_args(Kind)
@@ -29,6 +29,7 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
             problems += _budget(step, path)
             problems += _method(step, path)
     problems += _repair(data)
+    problems += _select(data)
     problems += _export(data)
     problems += _expect(data)
     return problems
@@ -129,6 +130,19 @@ def _kinds(cls: type, name: str, kind: Any, path: KeyPath) -> list[Problem]:
             hint=f"for {kind}: {', '.join(others)}" if others else "no method chooses these yet",
         )
     ]
+
+
+def _select(data: Mapping[str, Any]) -> Iterator[Problem]:
+    name = _inside(data, "calibrate", "select", "metric")
+    if not isinstance(name, str):
+        return
+    usable = [metric for metric in METRICS.names() if "labels" not in METRICS.get(metric).needs]
+    path = ("calibrate", "select", "metric")
+    if name not in METRICS.names():
+        yield Problem(f"no metric named `{name}`", path, hint=near(name, usable) or f"there are: {', '.join(usable)}")
+    elif name not in usable:
+        why = "it needs labels, which calibration data has not"
+        yield Problem(f"`metric: {name}` is not possible here", path, why=why, hint=f"use one of: {', '.join(usable)}")
 
 
 def _export(data: Mapping[str, Any]) -> Iterator[Problem]:

@@ -52,6 +52,18 @@ class Model(_Part):
     )
 
 
+class Select(_Part):
+    """Which sequences of the data are calibrated on; `sequences` of them stay, and more are read."""
+
+    metric: StrictStr = Field(
+        description="Metric of data pruning that needs no labels: loss, perplexity, ssl_prototypes, length or random."
+    )
+    keep: StrictFloat = Field(gt=0, le=1, description="Fraction kept of the sequences that are read.")
+    rule: Literal["hard", "easy", "auto"] = Field(
+        default="auto", description="Keep the highest scores, the lowest, or decide by how much text there is."
+    )
+
+
 class Calibrate(_Part):
     """Text that methods run the model on before the cut."""
 
@@ -62,6 +74,9 @@ class Calibrate(_Part):
     length_tokens: StrictInt = Field(default=256, ge=2, description="Tokens in each sequence.")
     seed: StrictInt = Field(
         default=0, ge=0, description="0 takes windows from the start; above 0 draws where they begin."
+    )
+    select: Select | None = Field(
+        default=None, description="Choose the sequences by a metric; null takes them as they come."
     )
 
 

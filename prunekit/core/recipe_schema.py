@@ -16,14 +16,14 @@ def json_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     definitions["Method"] = {
         "description": definitions["Method"]["description"],
-        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names() if role in REGISTRIES],
+        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role in REGISTRIES],
     }
     repair = definitions["Repair"]
     definitions["Repair"] = {
         "description": repair["description"],
-        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names() if role == "repair"],
+        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role == "repair"],
     }
-    for role, name in method_names():
+    for role, name in _usable():
         knobs = TypeAdapter(registries()[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
         for inner, definition in knobs.pop("$defs", {}).items():
             definitions[f"{role}_{name}_{inner}"] = definition
@@ -32,6 +32,11 @@ def json_schema() -> dict[str, Any]:
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "prunekit recipe"}
+
+
+def _usable() -> list[tuple[str, str]]:
+    """(role, name) of the methods that a recipe may name."""
+    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, "repair")]
 
 
 def _method(role: str, name: str, knobs: dict[str, Any], repair: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from prunekit.modeling.load import load_tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prunekit.core.recipe_model import Calibrate, Embedding, Recipe
+    from prunekit.core.recipe_model import Calibrate, Embedding, Recipe, Select
     from prunekit.structure.view import ModelView
 
 Reads = Literal["text", "sentences", "images"]
@@ -41,6 +42,19 @@ def model_batch(view: ModelView, tokenizer: Any, data: Calibrate | Embedding, se
     if kind == "sentences":
         return sentence_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)
     return {"input_ids": token_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)}
+
+
+def selected_batch(view: ModelView, tokenizer: Any, recipe: Recipe, select: Select) -> Mapping[str, Tensor]:
+    """Calibration inputs that a data-pruning metric keeps, scored by the model before any cut."""
+    from prunekit.datasets.calibration import pool_size, selected
+    from prunekit.modeling.load import load_model
+
+    calibrate, device = recipe.calibrate, device_of(recipe)
+    more = calibrate.model_copy(update={"sequences": pool_size(calibrate.sequences, select)})
+    pool = model_batch(view, tokenizer, more, calibrate.seed)
+    folder, remote = view.checkpoint.folder, recipe.model.trust_remote_code
+    model = load_model(folder, dtype_of(recipe, view, device), device, remote)
+    return selected(pool, calibrate.sequences, select, model, calibrate.seed)[0]
 
 
 def tokenizer_for(view: ModelView, recipe: Recipe) -> Any:
