@@ -29,7 +29,14 @@ CLASSES = {
     "mistral": "Mistral Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "qwen2": "Qwen2 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "qwen3": "Qwen3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "smollm3": "SmolLM3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "phi3": "Phi3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gemma2": "Gemma2 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gemma3_text": "Gemma3 TextConfig TextModel ForCausalLM TextForSequenceClassification",
+    "olmo2": "Olmo2 Config Model ForCausalLM ForSequenceClassification",
     "gpt2": "GPT2 Config Model LMHeadModel ForSequenceClassification ForTokenClassification",
+    "gpt_neox": "GPTNeoX Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "opt": "OPT Config Model ForCausalLM ForSequenceClassification",
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
     "ForTokenClassification",
     "vit": "ViT Config Model ForImageClassification",
@@ -66,13 +73,26 @@ class _SameOutput(nn.Module):
         return input_tensor
 
 
+class _OwnNumbers:
+    """A configuration of which some numbers are a module's own, for modules that read their sizes from it."""
+
+    def __init__(self, config: Any, **own: Any) -> None:
+        self.__dict__.update(own, _shared=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_shared":
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+
 @dataclass(frozen=True)
 class _SubLayer:
     """Where a sub-layer lies in a block.
 
     Args:
         swaps: modules of the block and what takes their place when the sub-layer is skipped; its norm among them.
-        linears: layers with a side that gets narrower: side (`out` or `in`) and what it is a multiple of.
+        linears: layers with a side that gets narrower: side (`out` or `in`) and what it is a multiple of; `qkv` is
+            heads and twice KV heads.
         counts: module that holds head counts as attributes.
     """
 
@@ -90,22 +110,61 @@ class _Family:
     ffn: _SubLayer
 
 
-_LLAMA = _Family(
+_SELF_ATTN = {
+    "self_attn.q_proj": ("out", "heads"),
+    "self_attn.k_proj": ("out", "kv"),
+    "self_attn.v_proj": ("out", "kv"),
+    "self_attn.o_proj": ("in", "heads"),
+}
+_GATED = {"mlp.gate_proj": ("out", "ffn"), "mlp.up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")}
+_NO_ATTENTION = {"input_layernorm": nn.Identity, "self_attn": _NoAttention}
+_NO_FFN = {"post_attention_layernorm": nn.Identity, "mlp": _NoFFN}
+_LLAMA = _Family("layers", _SubLayer(_NO_ATTENTION, _SELF_ATTN, "self_attn"), _SubLayer(_NO_FFN, _GATED, "mlp"))
+_PHI3 = _Family(
+    "layers",
+    _SubLayer(_NO_ATTENTION, {"self_attn.qkv_proj": ("out", "qkv"), "self_attn.o_proj": ("in", "heads")}, "self_attn"),
+    _SubLayer(_NO_FFN, {"mlp.gate_up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")}, "mlp"),
+)
+_GEMMA = _Family(
+    "layers",
+    _SubLayer({**_NO_ATTENTION, "post_attention_layernorm": nn.Identity}, _SELF_ATTN, "self_attn"),
+    _SubLayer(
+        {"pre_feedforward_layernorm": nn.Identity, "mlp": _NoFFN, "post_feedforward_layernorm": nn.Identity},
+        _GATED,
+        "mlp",
+    ),
+)
+# Heads share a norm here, so that none of them can go.
+_OLMO2 = _Family(
+    "layers",
+    _SubLayer({"self_attn": _NoAttention, "post_attention_layernorm": nn.Identity}, {}, "self_attn"),
+    _SubLayer({"mlp": _NoFFN, "post_feedforward_layernorm": nn.Identity}, _GATED, "mlp"),
+)
+_NEOX = _Family(
     "layers",
     _SubLayer(
-        {"input_layernorm": nn.Identity, "self_attn": _NoAttention},
+        {"input_layernorm": nn.Identity, "attention": _NoAttention},
+        {"attention.query_key_value": ("out", "heads"), "attention.dense": ("in", "heads")},
+        "attention",
+    ),
+    _SubLayer(_NO_FFN, {"mlp.dense_h_to_4h": ("out", "ffn"), "mlp.dense_4h_to_h": ("in", "ffn")}, "mlp"),
+)
+_OPT = _Family(
+    "decoder.layers",
+    _SubLayer(
+        {"self_attn_layer_norm": nn.Identity, "self_attn": _NoAttention},
         {
             "self_attn.q_proj": ("out", "heads"),
             "self_attn.k_proj": ("out", "kv"),
             "self_attn.v_proj": ("out", "kv"),
-            "self_attn.o_proj": ("in", "heads"),
+            "self_attn.out_proj": ("in", "heads"),
         },
         "self_attn",
     ),
     _SubLayer(
-        {"post_attention_layernorm": nn.Identity, "mlp": _NoFFN},
-        {"mlp.gate_proj": ("out", "ffn"), "mlp.up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")},
-        "mlp",
+        {"final_layer_norm": nn.Identity, "fc1": nn.Identity, "fc2": _NoFFN},
+        {"fc1": ("out", "ffn"), "fc2": ("in", "ffn")},
+        "fc1",
     ),
 )
 _GPT2 = _Family(
@@ -157,7 +216,14 @@ _FAMILIES = {
     "MistralDecoderLayer": _LLAMA,
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
+    "SmolLM3DecoderLayer": _LLAMA,
+    "Phi3DecoderLayer": _PHI3,
+    "Gemma2DecoderLayer": _GEMMA,
+    "Gemma3DecoderLayer": _GEMMA,
+    "Olmo2DecoderLayer": _OLMO2,
     "GPT2Block": _GPT2,
+    "GPTNeoXLayer": _NEOX,
+    "OPTDecoderLayer": _OPT,
     "BertLayer": _BERT,
     "ViTLayer": _VIT,
 }
@@ -257,8 +323,13 @@ def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transforme
     if (new_heads, new_kv) == (heads, kv):
         return
     attention = _sublayer(block, "attention")
-    _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv)})
-    core = block.get_submodule(attention.counts)
+    if not attention.linears:
+        raise ValueError(f"the heads of a `{type(block).__name__}` share a norm: none can go")
+    qkv = (new_heads + 2 * new_kv, heads + 2 * kv)
+    _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv), "qkv": qkv})
+    core: Any = block.get_submodule(attention.counts)
+    if "qkv" in (unit for _, unit in attention.linears.values()):
+        core.config = _OwnNumbers(core.config, num_attention_heads=new_heads)
     counts = {"num_attention_heads": new_heads, "num_heads": new_heads, "num_key_value_heads": new_kv}
     counts["num_key_value_groups"] = new_heads // new_kv
     for name in ("split_size", "all_head_size"):
@@ -269,8 +340,8 @@ def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transforme
 def _narrow_ffn(block: nn.Module, new: int) -> None:
     """Gives a block's FFN so many neurons."""
     ffn = _sublayer(block, "ffn")
-    first = block.get_submodule(next(iter(ffn.linears)))
-    neurons = first.weight.shape[_dim(first, "out")]
+    last = block.get_submodule(list(ffn.linears)[-1])
+    neurons = last.weight.shape[_dim(last, "in")]
     if not 0 < new <= neurons:
         raise ValueError(f"a block cannot have {new} neurons, the model has {neurons}")
     _narrow_linears(block, ffn, {"ffn": (new, neurons)})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prunekit.checkpoint.reader import ITEM_BYTES
 from prunekit.core.errors import PlanError
+from prunekit.structure.architecture import dim_size
 from prunekit.structure.view import WIDTHS
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def kept_widths(sublayer: SubLayer, plan: Plan | None) -> dict[str, int]:
 def _counts(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> list[tuple[TensorRef, int]]:
     """Every tensor of a sub-layer with the number of its weights at these widths."""
     sizes = {**view.sizes(sublayer), **widths}
-    return [(ref, math.prod(sizes[axis] for dim in ref.layout for axis in dim)) for ref in sublayer.tensors]
+    return [(ref, math.prod(dim_size(dim, sizes) for dim in ref.layout)) for ref in sublayer.tensors]
 
 
 def _flops(parts: Iterable[tuple[TensorRef, int]]) -> int:

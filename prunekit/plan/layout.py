@@ -70,10 +70,10 @@ def _stock(view: ModelView, plan: Plan, left: list[SubLayer]) -> tuple[Layout | 
     """The stock or repacked layout, or why there is none."""
     kinds = [sublayer.kind for sublayer in left]
     if kinds != ["attention", "ffn"] * (len(kinds) // 2):
-        return None, "attention and FFN no longer take turns" if view.arch.norm == "pre" else "blocks lack sub-layers"
+        return None, "attention and FFN no longer take turns" if view.norm == "pre" else "blocks lack sub-layers"
     pairs: tuple[Pair, ...] = tuple((a.block, f.block) for a, f in zip(left[::2], left[1::2], strict=True))
     repacked = any(a != f for a, f in pairs)
-    if repacked and view.arch.norm == "post":
+    if repacked and view.norm != "pre":
         return None, "blocks lack sub-layers"
     moved = any(pair != (i, i) for i, pair in enumerate(pairs))
     reason = _unequal(view, plan, left) or _config_limit(view, plan, left, moved)

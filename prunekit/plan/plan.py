@@ -77,6 +77,8 @@ class Plan:
         if owner in self.drop:
             raise PlanError(f"the plan narrows `{address}` and drops `{owner}`", hint="it can only do one of them")
         width = _width(view, address)
+        if kind in view.arch.fixed and len(kept) < width:
+            raise PlanError(f"`{address}` cannot be narrowed", why=view.arch.fixed[kind])
         if not kept:
             raise PlanError(f"the plan leaves no {kind} in `{owner}`", why=f"all {width} would go", hint="remove less")
         if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= width:

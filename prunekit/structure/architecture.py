@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from prunekit.core.errors import StructureError
 
 PREFIX = "prunekit_"
 _FOLDER = Path(__file__).with_name("archs")
+# For each dimension the axes it factors into, outermost first. "+" stands between sections that follow each other:
+# queries, keys and values in one matrix are `("kv", "rep", "hd", "+", "kv", "hd", "+", "kv", "hd")`.
 Layout = tuple[tuple[str, ...], ...]
+Norm = Literal["pre", "post", "parallel"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class Architecture:
     Args:
         name: of the file.
         model_types: `model_type` of the configurations it describes.
-        norm: `pre` where each sub-layer normalises its input and adds its output to the residual stream, `post` where
-            the sum is normalised.
+        norm: `pre` where each sub-layer adds its output to the residual stream, with norms inside the sub-layer; `post`
+            where the sum is normalised; `parallel` where both sub-layers of a block read the same stream.
+        norm_by: a configuration key, and the `norm` where it is true or missing and where it is false; or nothing.
         decoder: whether it keeps keys and values of earlier tokens.
         keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn.
         lists: configuration lists with an entry a block, and the sub-layer that an entry speaks of.
         stock_widths: width kinds that a stock configuration can say when all blocks are alike.
+        fixed: width kinds that cannot be cut, and why: what is left would compute something else.
         block: pattern of tensor names up to the block's number.
         sublayers: tensors of `attention` and `ffn` by the name after the block's number.
         outer: tensors outside blocks by pattern.
@@ -49,15 +55,18 @@ class Architecture:
         head: pattern of the output matrix, "" where there is none.
         table: pattern of the token embedding, "" where there is none.
         projection: pattern of another matrix that every token passes outside blocks, "" where there is none.
+        tied: model types whose head shares the token embedding where the configuration does not say.
     """
 
     name: str
     model_types: tuple[str, ...]
-    norm: Literal["pre", "post"]
+    norm: Norm
+    norm_by: tuple[str, ...]
     decoder: bool
     keys: Mapping[str, str]
     lists: Mapping[str, str]
     stock_widths: tuple[str, ...]
+    fixed: Mapping[str, str]
     block: str
     sublayers: Mapping[str, Mapping[str, Pattern]]
     outer: Mapping[str, Pattern]
@@ -65,6 +74,15 @@ class Architecture:
     head: str
     table: str
     projection: str
+    tied: tuple[str, ...]
+
+    def norm_of(self, config: Mapping[str, Any]) -> Norm:
+        """How a configuration's sub-layers are normalised."""
+        if not self.norm_by:
+            return self.norm
+        key, if_true, if_false = self.norm_by
+        found: Norm = if_true if config.get(key, True) else if_false  # type: ignore[assignment]
+        return found
 
     def split(self, name: str) -> tuple[int, str] | None:
         """Block number and rest of a tensor's name; None for a tensor outside blocks."""
@@ -82,6 +100,16 @@ class Architecture:
     def is_ignored(self, name: str) -> bool:
         """Whether a stored tensor is a buffer that loads without being there."""
         return any(re.fullmatch(text, name) for text in self.ignored)
+
+
+def sections(dim: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The sections of a dimension, in order; most have one."""
+    return tuple(tuple(part.split()) for part in " ".join(dim).split("+"))
+
+
+def dim_size(dim: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+    """Length of a dimension; `kv rep hd + kv hd` with kv 2, rep 2 and hd 8 gives 48."""
+    return sum(math.prod(sizes[axis] for axis in part) for part in sections(dim))
 
 
 def architecture(model_type: str) -> Architecture:
@@ -114,7 +142,7 @@ def architectures() -> dict[str, Architecture]:
 
 
 _REQUIRED = {"model_types", "norm", "decoder", "keys", "lists", "stock_widths", "block", "attention", "ffn", "outer"}
-_OPTIONAL = {"ignored": [], "head": "", "table": "", "projection": ""}
+_OPTIONAL = {"norm_by": [], "fixed": {}, "ignored": [], "head": "", "table": "", "projection": "", "tied": []}
 
 
 def _read(name: str, data: dict[str, Any]) -> Architecture:
@@ -126,10 +154,12 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         name=name,
         model_types=tuple(data["model_types"]),
         norm=data["norm"],
+        norm_by=tuple(data["norm_by"]),
         decoder=data["decoder"],
         keys=data["keys"],
         lists=data["lists"],
         stock_widths=tuple(data["stock_widths"]),
+        fixed=data["fixed"],
         block=data["block"],
         sublayers={kind: _patterns(data[kind]) for kind in ("attention", "ffn")},
         outer=_patterns(data["outer"]),
@@ -137,6 +167,7 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         head=data["head"],
         table=data["table"],
         projection=data["projection"],
+        tied=tuple(data["tied"]),
     )
 
 

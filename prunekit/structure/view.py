@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import StructureError
-from prunekit.structure.architecture import PREFIX, Architecture, Layout, architecture
+from prunekit.structure.architecture import PREFIX, Architecture, Layout, Norm, architecture, dim_size
 
 SublayerKind = Literal["attention", "ffn"]
 SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
@@ -24,7 +23,7 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
 }
 # What a configuration of a heterogeneous folder calls a removed sub-layer.
 SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
-_PARTS = {"part": 3}
+_PARTS = {"part": 3, "half": 2}
 
 
 @dataclass(frozen=True)
@@ -161,6 +160,11 @@ class ModelView:
         """Whether prunekit wrote the folder with blocks that differ."""
         return str(self.config.get("model_type", "")).startswith(PREFIX)
 
+    @property
+    def norm(self) -> Norm:
+        """How sub-layers are normalised and summed, as in `Architecture`."""
+        return self.arch.norm_of(self.config)
+
     @cached_property
     def sublayers(self) -> tuple[SubLayer, ...]:
         """All sub-layers in execution order."""
@@ -181,7 +185,7 @@ class ModelView:
         """Whether a head shares the token embedding."""
         stored = self._outer_like(self.arch.head) is not None
         named = re.search(r"For(Causal|Masked)LM|LMHead", " ".join(self.config.get("architectures") or ()))
-        default = self.arch.name in ("gpt2", "bert")
+        default = self.model_type in self.arch.tied
         return bool(not stored and named and self.config.get("tie_word_embeddings", default))
 
     def _outer_like(self, pattern: str) -> TensorRef | None:
@@ -214,9 +218,12 @@ class ModelView:
         """Groups of a kind: one for whole units, one a sub-layer for widths.
 
         Raises:
-            StructureError: for query heads of a model in which every head has its own key and value.
+            StructureError: for query heads of a model in which every head has its own key and value, and for widths
+                that cannot be cut.
         """
         if kind in WIDTHS:
+            if kind in self.arch.fixed:
+                raise StructureError(f"{kind} of `{self.model_type}` cannot be cut", why=self.arch.fixed[kind])
             groups = tuple(self._width_groups(kind))
             if kind == "query_heads" and all(len(group.units) == 1 for group in groups):
                 raise StructureError(
@@ -328,7 +335,7 @@ def _inner(
         raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
     layout = arch.sublayers[kind][rest].layout or ()
     sizes = {"hidden": shape.hidden, **_PARTS, **shape.widths(block, kind)}
-    expected = tuple(math.prod(sizes[axis] for axis in dim) for dim in layout)
+    expected = tuple(dim_size(dim, sizes) for dim in layout)
     if expected != info.shape:
         raise _wrong_shape(name, info.shape, " x ".join(map(str, expected)))
     return kind, TensorRef(name, info.dtype, info.shape, layout)

@@ -11,22 +11,34 @@ import pytest
 import torch
 import transformers
 
+from prunekit.core.errors import PlanError
 from prunekit.core.files import atomic_folder
 from prunekit.modeling.load import load_model
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import WIDTHS, ModelView
 from prunekit.surgery import engine
-from tests.tiny import DECODERS, FAMILIES, HEAD, tiny_inputs, tiny_model, write_tiny
+from tests.tiny import (
+    DECODERS,
+    FAMILIES,
+    FIXED_HEADS,
+    GROUPED,
+    HEAD,
+    PARALLEL,
+    tiny_inputs,
+    tiny_model,
+    write_tiny,
+)
 
 # float64 both times, the same sums in another order.
 TOLERANCE = 1e-10
-PRE_NORM = tuple(family for family in FAMILIES if family != "bert")
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+PRE_NORM = tuple(family for family in FAMILIES if family not in ("bert", *PARALLEL))
 CUTS = ("blocks", "sublayers", "kv_groups", "query_heads", "neurons", "mixture")
 # Blocks, output matrices of attention and FFN, and the dimension of those matrices that heads and neurons enter by.
 PLACES = {
-    **dict.fromkeys(LLAMAS, ("model.layers", "self_attn.o_proj", "mlp.down_proj", 1)),
+    **dict.fromkeys(GROUPED, ("model.layers", "self_attn.o_proj", "mlp.down_proj", 1)),
+    "gpt_neox": ("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", 1),
+    "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2", 1),
     "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj", 0),
     "bert": ("encoder.layer", "attention.output.dense", "output.dense", 1),
     "vit": ("vit.layers", "attention.o_proj", "mlp.fc2", 1),
@@ -52,7 +64,7 @@ def random_plan(view: ModelView, cut: str, seed: int) -> Plan:
     for kind, (owner, axis) in WIDTHS.items():
         for sublayer in view.sublayers:
             width = sublayer.widths.get(axis, 1)
-            narrowed = cut == kind or (cut == "mixture" and draw.random() < 0.5)
+            narrowed = cut == kind or (cut == "mixture" and draw.random() < 0.5 and kind not in view.arch.fixed)
             if narrowed and sublayer.kind == owner and sublayer.address not in drop and width > 1:
                 keep[f"{sublayer.address}.{kind}"] = sorted(draw.sample(range(width), draw.randint(1, width)))
     return Plan.make(view, drop, keep)
@@ -76,6 +88,9 @@ def masked_outputs(family: str, view: ModelView, plan: Plan) -> torch.Tensor:
 
 def remove(block: torch.nn.Module, output: str, family: str) -> None:
     """Takes a sub-layer's contribution out of the residual stream; with its norm where that follows the sum."""
+    if not getattr(block, "do_layer_norm_before", True):
+        norm = "self_attn_layer_norm" if output.startswith("self_attn") else "final_layer_norm"
+        block.get_submodule(norm).register_forward_hook(lambda _, given, __: given[0])
     if family == "bert":
         output_and_norm = block.get_submodule(output.removesuffix(".dense"))
         output_and_norm.register_forward_hook(lambda _, given, __: given[1])
@@ -121,8 +136,12 @@ def require_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", CUTS)
 def test_cut_equals_mask(dense: tuple[str, ModelView], kind: str, seed: int, tmp_path: Path) -> None:
     family, view = dense
-    if kind == "query_heads" and family not in LLAMAS:
+    if kind == "query_heads" and family not in GROUPED:
         pytest.skip("every query head has a key and a value of its own")
+    if kind in view.arch.fixed:
+        with pytest.raises(PlanError, match="cannot be narrowed"):
+            random_plan(view, kind, seed)
+        return
     plan = random_plan(view, kind, seed)
     layout = cut(view, plan, tmp_path / "cut")
     expected = masked_outputs(family, view, plan)
@@ -141,12 +160,41 @@ def test_repacked_equals_mask(family: str, tmp_path: Path) -> None:
     require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan))
 
 
-@pytest.mark.parametrize("family", LLAMAS)
+@pytest.mark.parametrize("family", PARALLEL)
+def test_parallel_sublayers_are_not_repacked(family: str, tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny(family, tmp_path / "dense"))
+    plan = Plan.make(view, ("blocks.1.ffn", "blocks.2.attention"))
+    assert cut(view, plan, tmp_path / "cut").kind == "heterogeneous"
+    require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan))
+
+
+def test_neox_without_parallel_sublayers_is_repacked(tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny("gpt_neox", tmp_path / "dense", use_parallel_residual=False))
+    plan = Plan.make(view, ("blocks.1.ffn", "blocks.2.attention"))
+    assert cut(view, plan, tmp_path / "cut").kind == "repacked"
+    require_same(outputs(tmp_path / "cut", "gpt_neox"), masked_outputs("gpt_neox", view, plan))
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_opt_with_norms_after_the_sum(kind: str, tmp_path: Path) -> None:
+    if kind == "query_heads":
+        pytest.skip("every query head has a key and a value of its own")
+    changes = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
+    view = ModelView.open(write_tiny("opt", tmp_path / "dense", **changes))
+    assert view.norm == "post"
+    plan = random_plan(view, kind, 0)
+    assert cut(view, plan, tmp_path / "cut").kind == ("stock" if kind == "blocks" else "heterogeneous")
+    require_same(outputs(tmp_path / "cut", "opt"), masked_outputs("opt", view, plan))
+
+
+@pytest.mark.parametrize("family", GROUPED)
 def test_equal_widths_give_a_stock_model(family: str, tmp_path: Path) -> None:
     view = ModelView.open(write_tiny(family, tmp_path / "dense"))
     keep: dict[str, tuple[int, ...]] = {}
     for i in range(1, 4):
-        keep |= {f"blocks.{i}.attention.query_heads": (i % 2,), f"blocks.{i}.ffn.neurons": tuple(range(i, i + 40))}
+        keep |= {f"blocks.{i}.ffn.neurons": tuple(range(i, i + 40))}
+        if family not in FIXED_HEADS:
+            keep |= {f"blocks.{i}.attention.query_heads": (i % 2,)}
     plan = Plan.make(view, ("blocks.0.attention", "blocks.0.ffn"), keep)
     assert cut(view, plan, tmp_path / "cut").kind == "stock"
     require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from prunekit.core.errors import StructureError
 from prunekit.structure.architecture import architecture, architectures
 from prunekit.structure.view import ModelView
-from tests.tiny import BLOCKS, DECODERS, FAMILIES, FFN, HEAD, HEADS, KV_HEADS, write_tiny
+from tests.tiny import BLOCKS, DECODERS, FAMILIES, FFN, GROUPED, HEAD, HEADS, KV_HEADS, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_every_tensor_is_covered_exactly_once(folders: dict[str, Path], family: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_widths_and_order(folders: dict[str, Path], family: str) -> None:
     view = ModelView.open(folders[family])
-    grouped = family in ("llama", "mistral", "qwen2", "qwen3")
+    grouped = family in GROUPED
     expected = {"kv": KV_HEADS if grouped else HEADS, "rep": HEADS // KV_HEADS if grouped else 1, "hd": HEAD}
     assert [s.address for s in view.sublayers] == [
         f"blocks.{i}.{k}" for i in range(BLOCKS) for k in ("attention", "ffn")
