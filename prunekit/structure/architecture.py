@@ -34,6 +34,28 @@ class Pattern:
 
 
 @dataclass(frozen=True)
+class Periodic:
+    """A list with an entry a block that a configuration need not write out.
+
+    Args:
+        last: entry of every `period`-th block.
+        others: entry of the others.
+        period: how often, where the configuration does not say.
+        key: of the configuration that says how often, "" for none.
+    """
+
+    last: Any
+    others: Any
+    period: int
+    key: str = ""
+
+    def entries(self, config: Mapping[str, Any], depth: int) -> list[Any]:
+        """The list for so many blocks; a period of 2 gives `others, last, others, last`."""
+        period = config.get(self.key) or self.period
+        return [self.others if (i + 1) % period else self.last for i in range(depth)]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One file of `archs/`.
 
@@ -45,7 +67,10 @@ class Architecture:
         norm_by: a configuration key, and the `norm` where it is true or missing and where it is false; or nothing.
         decoder: whether it keeps keys and values of earlier tokens.
         keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn.
+        section: key of the configuration's part that describes the blocks, "" where the whole does.
         lists: configuration lists with an entry a block, and the sub-layer that an entry speaks of.
+        periodic: by model type those of them that follow a rule where the configuration does not have them.
+        sparse: keys of the blocks without experts: `dense` for their numbers, `step` for how often a block has experts.
         stock_widths: width kinds that a stock configuration can say when all blocks are alike.
         fixed: width kinds that cannot be cut, and why: what is left would compute something else.
         block: pattern of tensor names up to the block's number.
@@ -64,7 +89,10 @@ class Architecture:
     norm_by: tuple[str, ...]
     decoder: bool
     keys: Mapping[str, str]
+    section: str
     lists: Mapping[str, str]
+    periodic: Mapping[str, Mapping[str, Periodic]]
+    sparse: Mapping[str, str]
     stock_widths: tuple[str, ...]
     fixed: Mapping[str, str]
     block: str
@@ -83,6 +111,14 @@ class Architecture:
         key, if_true, if_false = self.norm_by
         found: Norm = if_true if config.get(key, True) else if_false  # type: ignore[assignment]
         return found
+
+    def dense_blocks(self, config: Mapping[str, Any], depth: int) -> frozenset[int]:
+        """Blocks of a model with experts that have none."""
+        if not self.sparse:
+            return frozenset()
+        step = config.get(self.sparse["step"]) or 1
+        named = config.get(self.sparse["dense"]) or ()
+        return frozenset(i for i in range(depth) if i in named or (i + 1) % step)
 
     def split(self, name: str) -> tuple[int, str] | None:
         """Block number and rest of a tensor's name; None for a tensor outside blocks."""
@@ -142,7 +178,18 @@ def architectures() -> dict[str, Architecture]:
 
 
 _REQUIRED = {"model_types", "norm", "decoder", "keys", "lists", "stock_widths", "block", "attention", "ffn", "outer"}
-_OPTIONAL = {"norm_by": [], "fixed": {}, "ignored": [], "head": "", "table": "", "projection": "", "tied": []}
+_OPTIONAL: dict[str, Any] = {
+    "norm_by": [],
+    "section": "",
+    "periodic": {},
+    "sparse": {},
+    "fixed": {},
+    "ignored": [],
+    "head": "",
+    "table": "",
+    "projection": "",
+    "tied": [],
+}
 
 
 def _read(name: str, data: dict[str, Any]) -> Architecture:
@@ -157,7 +204,13 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         norm_by=tuple(data["norm_by"]),
         decoder=data["decoder"],
         keys=data["keys"],
+        section=data["section"],
         lists=data["lists"],
+        periodic={
+            model_type: {key: Periodic(*rule) for key, rule in rules.items()}
+            for model_type, rules in data["periodic"].items()
+        },
+        sparse=data["sparse"],
         stock_widths=tuple(data["stock_widths"]),
         fixed=data["fixed"],
         block=data["block"],

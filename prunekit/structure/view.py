@@ -161,9 +161,14 @@ class ModelView:
         return str(self.config.get("model_type", "")).startswith(PREFIX)
 
     @property
+    def text(self) -> dict[str, Any]:
+        """The part of the configuration that describes the blocks."""
+        return text_config(self.config, self.arch)
+
+    @property
     def norm(self) -> Norm:
         """How sub-layers are normalised and summed, as in `Architecture`."""
-        return self.arch.norm_of(self.config)
+        return self.arch.norm_of(self.text)
 
     @cached_property
     def sublayers(self) -> tuple[SubLayer, ...]:
@@ -186,7 +191,8 @@ class ModelView:
         stored = self._outer_like(self.arch.head) is not None
         named = re.search(r"For(Causal|Masked)LM|LMHead", " ".join(self.config.get("architectures") or ()))
         default = self.model_type in self.arch.tied
-        return bool(not stored and named and self.config.get("tie_word_embeddings", default))
+        said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings", default))
+        return bool(not stored and named and said)
 
     def _outer_like(self, pattern: str) -> TensorRef | None:
         return next((ref for ref in self.outer if pattern and re.fullmatch(pattern, ref.name)), None)
@@ -250,11 +256,23 @@ class ModelView:
                 yield Group(kind, address, units, (members,), axis, self.sizes(sublayer))
 
 
+def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+    """The part of a configuration that describes the blocks.
+
+    Raises:
+        StructureError: if there is none.
+    """
+    found = config.get(arch.section) if arch.section else dict(config)
+    if not isinstance(found, dict):
+        raise StructureError(f"`{arch.section}` must be a mapping", why=f"it is {found!r}", at="config.json")
+    return found
+
+
 class _Shape:
     """Numbers that a configuration gives: depth, widths, and what differs in a heterogeneous folder."""
 
     def __init__(self, config: Mapping[str, Any], arch: Architecture) -> None:
-        self._config, self._arch = config, arch
+        self._config, self._arch = text_config(config, arch), arch
         self.blocks = self._number("blocks")
         self.hidden = self._number("hidden")
         self.heads = self._number("heads")
