@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.tiny import built_in
+from tests.tiny import EXPERTS, built_in
 
 
 def heterogeneous(stock: Any, layers: Mapping[str, Any], state: Mapping[str, Tensor] | None = None) -> Any:
@@ -28,6 +28,8 @@ def heterogeneous(stock: Any, layers: Mapping[str, Any], state: Mapping[str, Ten
     section = {"schema": 1, "base_model_type": config.model_type, "per_layer_config": dict(layers)}
     with built_in(torch.float64):
         model = cls(cls.config_class(**{**config.to_dict(), **fields, "prunekit": section})).eval()
+    if config.model_type in EXPERTS:
+        model.set_experts_implementation("eager")
     if state is None:
         return model
     names = set(model.state_dict())

@@ -59,6 +59,23 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPT2LMHeadModel",
         {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": HEADS, "n_inner": FFN, "n_positions": 128},
     ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **_LLAMA,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [1],
+        },
+    ),
     "gpt_neox": (
         "GPTNeoXConfig",
         "GPTNeoXForCausalLM",
@@ -87,7 +104,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 DECODERS = tuple(family for family in FAMILIES if family not in ("bert", "vit"))
 # Several query heads to a key and value.
-GROUPED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text", "olmo2")
+GROUPED = tuple(family for family in DECODERS if family not in ("gpt2", "gpt_neox", "opt"))
+# Experts in the FFN of most blocks.
+EXPERTS = ("mixtral", "qwen3_moe")
 # Attention and FFN of a block read the same stream.
 PARALLEL = ("gpt_neox",)
 SEQUENTIAL = tuple(family for family in FAMILIES if family not in PARALLEL)
@@ -118,6 +137,8 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, *
     config = getattr(transformers, config_name)(**{**arguments, **changes})
     with built_in(dtype):
         model = getattr(transformers, model_name)(config).to(dtype).eval()
+    if family in EXPERTS and dtype == torch.float64:
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.3 if parameter.dim() == 1 else 0.15

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 SCHEMA = 1
 # What the configuration calls the two kinds of sub-layer, and the widths that a block can have of its own.
 SKIPS = {"attention": "attention", "mlp": "ffn"}
-WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_local_experts")
 # Stock model type: how names of stock classes begin, and how those of configuration, base model and heads go on.
 # prunekit reads this table without running the file.
 CLASSES = {
@@ -35,6 +35,8 @@ CLASSES = {
     "gemma3_text": "Gemma3 TextConfig TextModel ForCausalLM TextForSequenceClassification",
     "olmo2": "Olmo2 Config Model ForCausalLM ForSequenceClassification",
     "gpt2": "GPT2 Config Model LMHeadModel ForSequenceClassification ForTokenClassification",
+    "mixtral": "Mixtral Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "qwen3_moe": "Qwen3Moe Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "gpt_neox": "GPTNeoX Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "opt": "OPT Config Model ForCausalLM ForSequenceClassification",
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
@@ -221,6 +223,8 @@ _FAMILIES = {
     "Gemma2DecoderLayer": _GEMMA,
     "Gemma3DecoderLayer": _GEMMA,
     "Olmo2DecoderLayer": _OLMO2,
+    "MixtralDecoderLayer": _LLAMA,
+    "Qwen3MoeDecoderLayer": _LLAMA,
     "GPT2Block": _GPT2,
     "GPTNeoXLayer": _NEOX,
     "OPTDecoderLayer": _OPT,
@@ -304,7 +308,9 @@ def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None
             raise ValueError(f"`prunekit.per_layer_config.{key}` is not understood: {sorted(wrong) or 'no such block'}")
         block = blocks[int(key)]
         _narrow_heads(block, layer, config)
-        if "intermediate_size" in layer:
+        if "num_local_experts" in layer or hasattr(getattr(block, "mlp", None), "experts"):
+            _narrow_experts(block, layer)
+        elif "intermediate_size" in layer:
             _narrow_ffn(block, layer["intermediate_size"])
         for name in skipped:
             skip(block, SKIPS[name])
@@ -346,6 +352,27 @@ def _narrow_ffn(block: nn.Module, new: int) -> None:
         raise ValueError(f"a block cannot have {new} neurons, the model has {neurons}")
     _narrow_linears(block, ffn, {"ffn": (new, neurons)})
     _set_counts(block.get_submodule(ffn.counts), {"intermediate_size": new})
+
+
+def _narrow_experts(block: nn.Module, layer: Mapping[str, Any]) -> None:
+    """Gives a block so many experts, of so many neurons each; transformers keeps them in one tensor."""
+    mlp: Any = getattr(block, "mlp", None)
+    if not hasattr(mlp, "experts"):
+        raise ValueError(f"a `{type(block).__name__}` without experts cannot have {layer['num_local_experts']}")
+    experts, router = mlp.experts, mlp.gate
+    count, old = layer.get("num_local_experts", experts.num_experts), experts.num_experts
+    new, neurons = layer.get("intermediate_size", experts.intermediate_dim), experts.intermediate_dim
+    if not router.top_k <= count <= old or not 0 < new <= neurons:
+        raise ValueError(f"a block cannot have {count} experts of {new} neurons, the model has {old} of {neurons}")
+    if (count, new) == (old, neurons):
+        return
+    shapes = {"gate_up_proj": (count, 2 * new), "down_proj": (count, experts.hidden_dim, new)}
+    for name, shape in shapes.items():
+        weight = getattr(experts, name).detach()[tuple(slice(size) for size in shape)]
+        setattr(experts, name, nn.Parameter(weight.clone()))
+    router.weight = nn.Parameter(router.weight.detach()[:count].clone())
+    router.num_experts = experts.num_experts = count
+    experts.intermediate_dim = new
 
 
 def _narrow_linears(block: nn.Module, sublayer: _SubLayer, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -424,6 +451,15 @@ class _Pruned:
         if base is self or not isinstance(base, _Pruned):
             _apply_plan(base, self.config)  # type: ignore[attr-defined]
 
+    # transformers looks for these in the text of the file that a class is from, which here is not the stock one.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return bool(cls.__bases__[1]._can_set_attn_implementation())  # type: ignore[attr-defined]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls.__bases__[1]._can_set_experts_implementation())  # type: ignore[attr-defined]
+
 
 def __getattr__(name: str) -> Any:
     """Heterogeneous class of that name; with the first one of a family all of the family's are made."""
@@ -452,9 +488,15 @@ def _make_classes(model_type: str) -> None:
         stock, auto = getattr(transformers, name.removeprefix("Prunekit")), auto_class(name)
         cls = _make(name, (_Pruned, stock), {"config_class": config, "_auto_class": auto})
         getattr(transformers, auto).register(config, cls, exist_ok=True)
-        renaming = get_checkpoint_conversion_mapping(stock.__name__)
-        if renaming is not None:
-            register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
+        _rename(stock.__name__, name)
+    _rename(model_type, config.model_type)
+
+
+def _rename(stock: str, own: str) -> None:
+    """What transformers does to tensors of a stock class or model type while loading, for ours too."""
+    renaming = get_checkpoint_conversion_mapping(stock)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(own, renaming, overwrite=True)
 
 
 def _make(name: str, bases: tuple[type, ...], members: Mapping[str, Any]) -> Any:

@@ -133,7 +133,8 @@ def _renamed(view: ModelView, name: str, sources: Sources) -> list[str]:
     if place is None:
         return [name]
     block, rest = place
-    column = int(any(f"{tensor}.".startswith(f"{rest}.") for tensor in view.arch.sublayers["ffn"]))
+    tables = view.arch.sublayers
+    column = int(any(f"{tensor}.".startswith(f"{rest}.") for tensor in (*tables["ffn"], *tables["dense_ffn"])))
     moved = [new for new, pair in enumerate(sources) if pair[column] == block]
     return [re.sub(rf"^({view.arch.block})\d+", rf"\g<1>{new}", name) for new in moved]
 

@@ -84,8 +84,8 @@ def _stock(view: ModelView, plan: Plan, left: list[SubLayer]) -> tuple[Layout | 
 
 def _unequal(view: ModelView, plan: Plan, left: list[SubLayer]) -> str:
     """Why the widths left cannot be said by a stock configuration, "" where they can."""
-    for kind in ("attention", "ffn"):
-        found = [kept_widths(sublayer, plan) for sublayer in left if sublayer.kind == kind]
+    for axes in dict.fromkeys(tuple(sublayer.widths) for sublayer in left):
+        found = [kept_widths(sublayer, plan) for sublayer in left if tuple(sublayer.widths) == axes]
         odd = next((i for i, widths in enumerate(found) if widths != found[0]), None)
         if odd is not None:
             return f"blocks have unequal widths: {_text(found[0])} and {_text(found[odd])}"
@@ -98,8 +98,12 @@ def _unequal(view: ModelView, plan: Plan, left: list[SubLayer]) -> str:
 
 def _changed(view: ModelView, plan: Plan, left: list[SubLayer]) -> set[str]:
     """Axes whose size is no longer the configuration's, by this plan or by a cut before it."""
-    widths = {**kept_widths(left[0], plan), **kept_widths(left[1], plan)}
-    return {axis for axis, size in widths.items() if size != view.widths[axis]}
+    return {
+        axis
+        for sublayer in left
+        for axis, size in kept_widths(sublayer, plan).items()
+        if size != view.usual(sublayer)[axis]
+    }
 
 
 def _text(widths: dict[str, int]) -> str:

@@ -17,6 +17,7 @@ _FOLDER = Path(__file__).with_name("archs")
 # For each dimension the axes it factors into, outermost first. "+" stands between sections that follow each other:
 # queries, keys and values in one matrix are `("kv", "rep", "hd", "+", "kv", "hd", "+", "kv", "hd")`.
 Layout = tuple[tuple[str, ...], ...]
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 Norm = Literal["pre", "post", "parallel"]
 
 
@@ -66,7 +67,8 @@ class Architecture:
             where the sum is normalised; `parallel` where both sub-layers of a block read the same stream.
         norm_by: a configuration key, and the `norm` where it is true or missing and where it is false; or nothing.
         decoder: whether it keeps keys and values of earlier tokens.
-        keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn.
+        keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn, and for
+            experts: experts, active_experts, dense_ffn. Several names, apart by a space, are tried in order.
         section: key of the configuration's part that describes the blocks, "" where the whole does.
         lists: configuration lists with an entry a block, and the sub-layer that an entry speaks of.
         periodic: by model type those of them that follow a rule where the configuration does not have them.
@@ -74,7 +76,8 @@ class Architecture:
         stock_widths: width kinds that a stock configuration can say when all blocks are alike.
         fixed: width kinds that cannot be cut, and why: what is left would compute something else.
         block: pattern of tensor names up to the block's number.
-        sublayers: tensors of `attention` and `ffn` by the name after the block's number.
+        sublayers: tensors of `attention`, `ffn` and `dense_ffn` (that of blocks without experts in a model that has
+            them) by the name after the block's number; `{expert}` stands for an expert's number.
         outer: tensors outside blocks by pattern.
         ignored: patterns of stored buffers that are no weights.
         head: pattern of the output matrix, "" where there is none.
@@ -112,6 +115,11 @@ class Architecture:
         found: Norm = if_true if config.get(key, True) else if_false  # type: ignore[assignment]
         return found
 
+    def key(self, role: str, config: Mapping[str, Any]) -> str:
+        """The configuration's key for a role, "" where the architecture has none."""
+        names = self.keys.get(role, "").split()
+        return next((name for name in names if name in config), names[0] if names else "")
+
     def dense_blocks(self, config: Mapping[str, Any], depth: int) -> frozenset[int]:
         """Blocks of a model with experts that have none."""
         if not self.sparse:
@@ -125,9 +133,16 @@ class Architecture:
         match = re.fullmatch(rf"{self.block}(\d+)\.(.+)", name)
         return (int(match[1]), match[2]) if match else None
 
-    def renumbered(self, name: str, block: int) -> str:
-        """A block tensor's name in another block."""
-        return re.sub(rf"^({self.block})\d+\.", lambda match: f"{match[1]}{block}.", name)
+    def renumbered(self, name: str, block: int, expert: int | None = None) -> str:
+        """A block tensor's name in another block, and for another expert where it belongs to one."""
+        name = re.sub(rf"^({self.block})\d+\.", lambda match: f"{match[1]}{block}.", name)
+        return name if expert is None else _EXPERT.sub(f".experts.{expert}.", name, count=1)
+
+    @staticmethod
+    def expert_of(name: str) -> tuple[str, int | None]:
+        """A block tensor's name with `{expert}` for its expert's number, and the number, None where it has none."""
+        found = _EXPERT.search(name)
+        return (_EXPERT.sub(".experts.{expert}.", name, count=1), int(found[1])) if found else (name, None)
 
     def find_outer(self, name: str) -> Pattern | None:
         """What a tensor outside blocks is; None where the architecture does not know it."""
@@ -184,6 +199,7 @@ _OPTIONAL: dict[str, Any] = {
     "periodic": {},
     "sparse": {},
     "fixed": {},
+    "dense_ffn": {},
     "ignored": [],
     "head": "",
     "table": "",
@@ -214,7 +230,7 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         stock_widths=tuple(data["stock_widths"]),
         fixed=data["fixed"],
         block=data["block"],
-        sublayers={kind: _patterns(data[kind]) for kind in ("attention", "ffn")},
+        sublayers={kind: _patterns(data[kind]) for kind in ("attention", "ffn", "dense_ffn")},
         outer=_patterns(data["outer"]),
         ignored=tuple(data["ignored"]),
         head=data["head"],

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import StructureError
-from prunekit.structure.architecture import PREFIX, Architecture, Layout, Norm, architecture, dim_size
+from prunekit.structure.architecture import PREFIX, Architecture, Layout, Norm, Pattern, architecture, dim_size
 
 SublayerKind = Literal["attention", "ffn"]
 SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
@@ -20,6 +20,7 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
     "query_heads": ("attention", "rep"),
     "kv_groups": ("attention", "kv"),
     "neurons": ("ffn", "ffn"),
+    "experts": ("ffn", "experts"),
 }
 # What a configuration of a heterogeneous folder calls a removed sub-layer.
 SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
@@ -36,12 +37,14 @@ class TensorRef:
         shape: its dimensions.
         layout: for each dimension the axes it factors into, outermost first: a query projection has
             `(("kv", "rep", "hd"), ("hidden",))`.
+        expert: number of the expert that it belongs to, None for none.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     layout: Layout
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class SubLayer:
         address: `blocks.3.attention`.
         kind: `attention` or `ffn`.
         block: number of the block.
-        widths: attention: `kv` (KV groups), `rep` (query heads in each), `hd` (numbers a head); FFN: `ffn` (neurons).
+        widths: attention: `kv` (KV groups), `rep` (query heads in each), `hd` (numbers a head); FFN: `ffn` (neurons,
+            those of each expert where it has experts) and, with experts, `experts`.
         tensors: all of them.
     """
 
@@ -82,7 +86,7 @@ class Group:
     """Units of one kind in one place, which compete with each other.
 
     Args:
-        kind: `blocks`, `sublayers`, `attention`, `ffn`, `query_heads`, `kv_groups` or `neurons`.
+        kind: `blocks`, `sublayers`, `attention`, `ffn`, `query_heads`, `kv_groups`, `neurons` or `experts`.
         address: the kind, or for widths the sub-layer and the kind: `blocks.3.ffn.neurons`.
         units: addresses of the units.
         members: tensors of each unit; for widths one entry, the tensors that all units share.
@@ -109,8 +113,8 @@ class ModelView:
         blocks: in execution order.
         outer: tensors outside blocks: embeddings, last norm, head.
         hidden: width of the residual stream.
-        widths: what the configuration says of all blocks: `kv`, `rep`, `hd`, `ffn`; those of a heterogeneous folder may
-            differ from it.
+        widths: what the configuration says of all attentions and FFNs, by kind (`dense_ffn`: those of blocks without
+            experts in a model that has them); those of a heterogeneous folder may differ from it.
     """
 
     checkpoint: Checkpoint
@@ -119,7 +123,7 @@ class ModelView:
     blocks: tuple[Block, ...]
     outer: tuple[TensorRef, ...]
     hidden: int
-    widths: Mapping[str, int]
+    widths: Mapping[str, Mapping[str, int]]
 
     @classmethod
     def open(cls, folder: Path) -> ModelView:
@@ -212,9 +216,15 @@ class ModelView:
             raise StructureError(f"the model has no `{address}`", why=f"it has blocks 0 to {len(self.blocks) - 1}")
         return self._by_address[address]
 
-    def renamed(self, name: str, block: int) -> str:
-        """A block tensor's name in another block."""
-        return self.arch.renumbered(name, block)
+    def usual(self, sublayer: SubLayer) -> Mapping[str, int]:
+        """Widths that the configuration gives a sub-layer."""
+        dense = sublayer.kind == "ffn" and "experts" not in sublayer.widths and "experts" in self.widths["ffn"]
+        return self.widths["dense_ffn" if dense else sublayer.kind]
+
+    @property
+    def active_experts(self) -> int:
+        """Experts that a token passes in every block that has some, 0 in a model without."""
+        return int(self.text.get(self.arch.key("active_experts", self.text)) or 0)
 
     def sizes(self, sublayer: SubLayer) -> dict[str, int]:
         """Size of every axis in the layouts of a sub-layer's tensors."""
@@ -237,6 +247,8 @@ class ModelView:
                     why="every query head has a key and a value of its own",
                     hint="use `remove: kv_groups`, which takes a head with its key and value",
                 )
+            if not groups:
+                raise StructureError(f"`{self.model_type}` has no {kind}")
             return groups
         units: list[tuple[str, tuple[SubLayer, ...]]]
         if kind == "blocks":
@@ -249,10 +261,14 @@ class ModelView:
     def _width_groups(self, kind: str) -> Iterator[Group]:
         owner, axis = WIDTHS[kind]
         for sublayer in self.sublayers:
-            if sublayer.kind == owner:
+            if sublayer.kind == owner and axis in sublayer.widths:
                 address = f"{sublayer.address}.{kind}"
                 units = tuple(f"{address}.{i}" for i in range(sublayer.widths[axis]))
-                members = tuple(ref for ref in sublayer.tensors if any(axis in dim for dim in ref.layout))
+                members = tuple(
+                    ref
+                    for ref in sublayer.tensors
+                    if any(axis in dim for dim in ref.layout) or (kind == "experts" and ref.expert is not None)
+                )
                 yield Group(kind, address, units, (members,), axis, self.sizes(sublayer))
 
 
@@ -279,6 +295,9 @@ class _Shape:
         self.kv_heads = self._number("kv_heads", self.heads)
         self.head_width = self._number("head_width", self.hidden // self.heads)
         self.ffn = self._number("ffn", 4 * self.hidden)
+        self.dense_ffn = self._number("dense_ffn", self.ffn)
+        self.experts = self._number("experts") if "experts" in arch.keys else 0
+        self.dense = arch.dense_blocks(self._config, self.blocks) if self.experts else frozenset(range(self.blocks))
         section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
         try:
             layers = (section or {}).get("per_layer_config") or {}
@@ -288,7 +307,7 @@ class _Shape:
             raise StructureError("`prunekit.per_layer_config` is damaged", at="config.json") from error
 
     def _number(self, role: str, default: int | None = None) -> int:
-        key = self._arch.keys.get(role, "")
+        key = self._arch.key(role, self._config)
         value = self._config.get(key)
         if value is None and default is not None:
             return default
@@ -296,21 +315,28 @@ class _Shape:
             raise StructureError(f"`{key}` must be a whole number above 0", why=f"it is {value!r}", at="config.json")
         return value
 
-    def usual(self) -> dict[str, int]:
+    def usual(self) -> dict[str, dict[str, int]]:
+        experts = {"experts": self.experts} if self.experts else {}
         return {
-            "kv": self.kv_heads,
-            "rep": self.heads // self.kv_heads,
-            "hd": self.head_width,
-            "ffn": self.ffn,
+            "attention": {"kv": self.kv_heads, "rep": self.heads // self.kv_heads, "hd": self.head_width},
+            "ffn": {"ffn": self.ffn, **experts},
+            "dense_ffn": {"ffn": self.dense_ffn},
         }
+
+    def tensors(self, block: int, kind: SublayerKind) -> Mapping[str, Pattern]:
+        sparse = kind != "ffn" or not self.experts or block not in self.dense
+        return self._arch.sublayers[kind if sparse else "dense_ffn"]
 
     def present(self, block: int, kind: SublayerKind) -> bool:
         return SKIPS[kind] not in self.skips.get(block, ())
 
     def widths(self, block: int, kind: SublayerKind) -> dict[str, int]:
         layer = self._layers.get(block, {})
+        if kind == "ffn" and self.experts and block not in self.dense:
+            ffn, experts = layer.get("intermediate_size", self.ffn), layer.get("num_local_experts", self.experts)
+            return {"ffn": ffn, "experts": experts}
         if kind == "ffn":
-            return {"ffn": layer.get("intermediate_size", self.ffn)}
+            return {"ffn": layer.get("intermediate_size", self.dense_ffn)}
         heads, groups = layer.get("num_attention_heads", self.heads), layer.get("num_key_value_heads", self.kv_heads)
         if heads % groups:
             why = f"{heads} query heads in {groups} KV groups"
@@ -341,7 +367,8 @@ def _inner(
     checkpoint: Checkpoint, arch: Architecture, shape: _Shape, name: str, block: int, rest: str
 ) -> tuple[SublayerKind, TensorRef]:
     info = checkpoint.tensors[name]
-    kind = next((kind for kind in SUBLAYER_KINDS if rest in arch.sublayers[kind]), None)
+    general, expert = arch.expert_of(rest)
+    kind = next((kind for kind in SUBLAYER_KINDS if general in shape.tensors(block, kind)), None)
     if kind is None or block >= shape.blocks or not shape.present(block, kind):
         why = (
             f"`{arch.name}` blocks have no such tensor"
@@ -351,12 +378,15 @@ def _inner(
             else f"the configuration says that block {block} has no {kind}"
         )
         raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
-    layout = arch.sublayers[kind][rest].layout or ()
+    layout = shape.tensors(block, kind)[general].layout or ()
     sizes = {"hidden": shape.hidden, **_PARTS, **shape.widths(block, kind)}
+    if expert is not None and expert >= sizes["experts"]:
+        why = f"the configuration gives block {block} {sizes['experts']} experts"
+        raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
     expected = tuple(dim_size(dim, sizes) for dim in layout)
     if expected != info.shape:
         raise _wrong_shape(name, info.shape, " x ".join(map(str, expected)))
-    return kind, TensorRef(name, info.dtype, info.shape, layout)
+    return kind, TensorRef(name, info.dtype, info.shape, layout, expert)
 
 
 def _wrong_shape(name: str, shape: tuple[int, ...], expected: str) -> StructureError:
@@ -370,7 +400,9 @@ def _sublayer(
     if not shape.present(block, kind):
         return None
     held = {place[1] for ref in tensors if (place := arch.split(ref.name))}
-    missing = [name for name, pattern in arch.sublayers[kind].items() if not pattern.optional and name not in held]
+    wanted = [name for name, pattern in shape.tensors(block, kind).items() if not pattern.optional]
+    experts = range(shape.widths(block, kind).get("experts", 1))
+    missing = [one for name in wanted for i in experts if (one := name.format(expert=i)) not in held]
     if missing:
         raise StructureError(
             f"block {block} lacks `{missing[0]}`",

@@ -40,7 +40,7 @@ def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     changed, outside = follow(view, sources)
     changed |= {view.arch.keys["blocks"]: len(sources)}
     changed |= _heads(view, _alike([view.blocks[a].attention for a, _ in sources], plan))
-    changed |= _neurons(view, _alike([view.blocks[f].ffn for _, f in sources], plan))
+    changed |= _ffn(view, [view.blocks[f].ffn for _, f in sources], plan)
     config |= outside | _moved_pattern(view, sources)
     gone = {key for key, value in changed.items() if value is None}
     before = config[view.arch.section] if view.arch.section else config
@@ -116,14 +116,18 @@ def _heads(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
     return {keys["heads"]: heads, keys["kv_heads"]: left["kv"], keys["head_width"]: left["hd"]}
 
 
-def _neurons(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
-    key = view.arch.keys["ffn"]
-    return {} if left["ffn"] == _global_ffn(view) else {key: left["ffn"]}
-
-
-def _global_ffn(view: ModelView) -> int:
-    """What blocks have where nothing else is said; GPT-2 leaves out four times the hidden width."""
-    return view.text.get(view.arch.keys["ffn"]) or 4 * view.hidden
+def _ffn(view: ModelView, sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, Any]:
+    """Neurons and experts, where they are not the configuration's own."""
+    found = [sublayer for sublayer in sublayers if sublayer is not None]
+    changed = {}
+    for axes in dict.fromkeys(tuple(sublayer.widths) for sublayer in found):
+        alike = [sublayer for sublayer in found if tuple(sublayer.widths) == axes]
+        usual = view.usual(alike[0])
+        dense = usual is view.widths["dense_ffn"] and "dense_ffn" in view.arch.keys
+        for axis, size in _alike(alike, plan).items():
+            if size != usual[axis]:
+                changed[view.arch.key("dense_ffn" if dense else axis, view.text)] = size
+    return changed
 
 
 def _set_older_rope_keys(config: dict[str, Any]) -> None:
@@ -160,7 +164,7 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
         if attention is not None:
             layer |= _other_heads(view, view.blocks[block].attention, plan)
         if ffn is not None:
-            layer |= _other_neurons(view, view.blocks[block].ffn, plan)
+            layer |= _other_ffn(view, view.blocks[block].ffn, plan)
         if layer:
             layers[f"{block:0{digits}d}"] = layer
     section = {"schema": 1, "base_model_type": view.model_type, "per_layer_config": layers}
@@ -179,8 +183,9 @@ def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dic
     return {key: value for key, value in own.items() if value != usual[key]}
 
 
-def _other_neurons(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:
+def _other_ffn(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:
+    """Neurons and experts of a block that are not the configuration's own."""
     if ffn is None:
         return {}
-    left = kept_widths(ffn, plan)["ffn"]
-    return {} if left == _global_ffn(view) else {"intermediate_size": left}
+    names, usual = {"ffn": "intermediate_size", "experts": "num_local_experts"}, view.usual(ffn)
+    return {names[axis]: size for axis, size in kept_widths(ffn, plan).items() if size != usual[axis]}

@@ -108,7 +108,7 @@ def _selected(tensor: Tensor, place: int, positions: Sequence[int] | Tensor) -> 
 def _require_cuttable(keep: Keep) -> None:
     for axis in keep:
         if axis not in CUTTABLE:
-            why = "only KV groups, query heads and neurons can go; other widths change what the rest computes"
+            why = "only KV groups, query heads, neurons and experts can go; other widths change what the rest computes"
             raise SurgeryError(f"axis `{axis}` cannot be cut", why=why)
 
 

@@ -13,11 +13,24 @@ from torch import Tensor, nn
 from prunekit.modeling import modeling_prunekit
 from prunekit.modeling.modeling_prunekit import blocks_of
 from tests.heterogeneous import heterogeneous, without
-from tests.tiny import BLOCKS, FAMILIES, FFN, FIXED_HEADS, GROUPED, HEAD, HEADS, KV_HEADS, tiny_inputs, tiny_model
+from tests.tiny import (
+    BLOCKS,
+    EXPERTS,
+    FAMILIES,
+    FFN,
+    FIXED_HEADS,
+    GROUPED,
+    HEAD,
+    HEADS,
+    KV_HEADS,
+    tiny_inputs,
+    tiny_model,
+)
 
 TOLERANCE = 1e-12
 # Last layer of each sub-layer, inside a block: zeroing what it returns, or columns of it, masks a sub-layer or a unit.
 ENDS = {
+    **{family: {"attention": "self_attn.o_proj", "ffn": "mlp"} for family in EXPERTS},
     "gpt_neox": {"attention": "attention.dense", "ffn": "mlp.dense_4h_to_h"},
     "opt": {"attention": "self_attn.out_proj", "ffn": "fc2"},
     "gpt2": {"attention": "attn.c_proj", "ffn": "mlp.c_proj"},
@@ -133,7 +146,7 @@ def cut(state: dict[str, Tensor], family: str, block: str, keep: dict[str, list[
             state[f"{block}.{path}.bias"] = state[f"{block}.{path}.bias"][kept]
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FIXED_HEADS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*FIXED_HEADS, *EXPERTS)])
 def test_narrower_blocks_equal_zeroed_units(family: str) -> None:
     stock = tiny_model(family)
     grouped = family in GROUPED
@@ -174,7 +187,7 @@ def test_configuration_stays_shared_where_a_block_has_its_own_heads() -> None:
     model = heterogeneous(tiny_model("phi3"), {"01": {"num_attention_heads": 2, "num_key_value_heads": 1}})
     own = blocks_of(model)[1].self_attn.config
     assert (own.num_attention_heads, model.config.num_attention_heads) == (2, HEADS)
-    model.config._attn_implementation = "eager"
+    model.set_attn_implementation("eager")
     assert own._attn_implementation == "eager"
     copied = copy.deepcopy(model)
     assert same("phi3", model, copied)
@@ -203,12 +216,32 @@ def test_fewer_kv_groups_alone_keep_the_query_heads() -> None:
         ({"04": {"skip": ["mlp"]}}, "no such block"),
         ({"01": {"num_key_value_heads": KV_HEADS, "num_attention_heads": 3}}, "3 heads on 2 KV heads"),
         ({"01": {"intermediate_size": FFN + 1}}, "49 neurons"),
+        ({"01": {"num_local_experts": 2}}, "without experts"),
     ],
-    ids=["skip", "key", "block", "heads", "neurons"],
+    ids=["skip", "key", "block", "heads", "neurons", "experts"],
 )
 def test_plan_that_is_not_understood_is_refused(layers: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         heterogeneous(tiny_model("llama"), layers)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_experts_are_as_many_as_a_token_passes_and_there_are(count: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} experts of 48 neurons, the model has 4 of 48"):
+        heterogeneous(tiny_model("mixtral"), {"01": {"num_local_experts": count}})
+
+
+def test_experts_can_be_run_in_every_way_in_blocks_that_differ() -> None:
+    layers = {"01": {"num_local_experts": 3}, "02": {"num_local_experts": 2, "intermediate_size": 16}}
+    model = heterogeneous(tiny_model("mixtral"), layers).float()
+    outputs = {}
+    for way in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(way)
+        assert model.config._experts_implementation == way
+        with torch.no_grad():
+            outputs[way] = model(**tiny_inputs("mixtral"))[0]
+    assert (outputs["eager"] - outputs["grouped_mm"]).abs().max() < 1e-5
+    assert (outputs["eager"] - outputs["batched_mm"]).abs().max() < 1e-5
 
 
 def test_newer_schema_is_refused() -> None:

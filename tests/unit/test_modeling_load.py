@@ -14,7 +14,7 @@ from prunekit.core.errors import CheckpointError
 from prunekit.modeling.load import load_model, load_tokenizer
 from prunekit.modeling.modeling_prunekit import blocks_of
 from tests.heterogeneous import heterogeneous, without
-from tests.tiny import EAGER, FAMILIES, FIXED_HEADS, tiny_inputs, tiny_model, write_tiny
+from tests.tiny import EAGER, EXPERTS, FAMILIES, FIXED_HEADS, tiny_inputs, tiny_model, write_tiny
 
 
 def logits(family: str, model: Any) -> torch.Tensor:
@@ -76,6 +76,18 @@ def test_tensors_keep_the_names_of_the_stock_checkpoint(tmp_path: Path) -> None:
         name.startswith(("vit.encoder.layer.0.attention.", "vit.encoder.layer.0.layernorm_before.")) for name in gone
     )
     assert len(gone) == 10
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_keep_the_names_of_the_stock_checkpoint(family: str, tmp_path: Path) -> None:
+    stock = tiny_model(family)
+    stock.save_pretrained(tmp_path / "stock")
+    heterogeneous(stock, {"02": {"num_local_experts": 3}}).save_pretrained(tmp_path / "pruned")
+    names = {kind: set(load_file(tmp_path / kind / "model.safetensors")) for kind in ("stock", "pruned")}
+    assert names["pruned"] < names["stock"]
+    gone = names["stock"] - names["pruned"]
+    assert len(gone) == 3
+    assert all(".2." in name and ".experts.3." in name for name in gone)
 
 
 @pytest.mark.parametrize(
