@@ -30,6 +30,18 @@ _ENCODER = {
     "num_hidden_layers": BLOCKS,
     "num_attention_heads": HEADS,
 }
+_SEEING = {
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "image_token_id": 2,
+}
 _EVERY_OTHER = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 # Family: configuration class, model class, arguments.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -95,6 +107,42 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
+    "llava": (
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {"text_config": {**_LLAMA, "model_type": "llama", "tie_word_embeddings": False}, **_SEEING},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {
+                **_LLAMA,
+                "tie_word_embeddings": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "out_hidden_size": HIDDEN,
+                "fullatt_block_indexes": [0],
+            },
+            "image_token_id": 2,
+            "video_token_id": 1,
+        },
+    ),
+    "smolvlm": (
+        "SmolVLMConfig",
+        "SmolVLMForConditionalGeneration",
+        {
+            "text_config": {**_LLAMA, "model_type": "llama", "tie_word_embeddings": False},
+            **_SEEING,
+            "pad_token_id": 0,
+            "tie_word_embeddings": False,
+        },
+    ),
     "bert": ("BertConfig", "BertModel", {**_ENCODER, "vocab_size": VOCAB, "max_position_embeddings": 128}),
     "vit": (
         "ViTConfig",
@@ -105,6 +153,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 DECODERS = tuple(family for family in FAMILIES if family not in ("bert", "vit"))
 # Several query heads to a key and value.
 GROUPED = tuple(family for family in DECODERS if family not in ("gpt2", "gpt_neox", "opt"))
+# A language model inside a model that sees.
+SEEING = ("llava", "qwen2_5_vl", "smolvlm")
 # Experts in the FFN of most blocks.
 EXPERTS = ("mixtral", "qwen3_moe")
 # Attention and FFN of a block read the same stream.

@@ -78,7 +78,11 @@ class Stack:
         self._units = tuple((b, k) for b, block in enumerate(self._blocks) for k in KINDS if present(block, k))
         self._sublayers = tuple(_alone(self._blocks[number], kind) for number, kind in self._units)
         self.addresses: tuple[str, ...] = tuple(f"blocks.{block}.{kind}" for block, kind in self._units)
-        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        taken = inspect.signature(model.forward).parameters
+        self._accepted = frozenset(taken)
+        # Models with a language model inside pass the argument on.
+        passes_on = model.can_generate() and any(each.kind is each.VAR_KEYWORD for each in taken.values())
+        self._no_cache = {"use_cache": False} if "use_cache" in taken or passes_on else {}
         self._found_way: str | None = None
 
     def enter(self, inputs: Mapping[str, Tensor]) -> State:
@@ -251,8 +255,7 @@ class Stack:
         replaced: Mapping[torch.nn.Module, Callable[..., Any]] | None = None,
         **options: Any,
     ) -> Any:
-        fixed = {"use_cache": False, "return_dict": True}
-        options |= {name: value for name, value in fixed.items() if name in self._accepted or name == "return_dict"}
+        options |= {**self._no_cache, "return_dict": True}
         with torch.no_grad(), _replaced(replaced or {}):
             try:
                 return self.model(**inputs, **options)

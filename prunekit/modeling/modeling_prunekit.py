@@ -39,6 +39,9 @@ CLASSES = {
     "qwen3_moe": "Qwen3Moe Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "gpt_neox": "GPTNeoX Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "opt": "OPT Config Model ForCausalLM ForSequenceClassification",
+    "llava": "Llava Config Model ForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VL Config Model ForConditionalGeneration",
+    "smolvlm": "SmolVLM Config Model ForConditionalGeneration",
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
     "ForTokenClassification",
     "vit": "ViT Config Model ForImageClassification",
@@ -225,13 +228,15 @@ _FAMILIES = {
     "Olmo2DecoderLayer": _OLMO2,
     "MixtralDecoderLayer": _LLAMA,
     "Qwen3MoeDecoderLayer": _LLAMA,
+    "Qwen2_5_VLDecoderLayer": _LLAMA,
     "GPT2Block": _GPT2,
     "GPTNeoXLayer": _NEOX,
     "OPTDecoderLayer": _OPT,
     "BertLayer": _BERT,
     "ViTLayer": _VIT,
 }
-_PLACES = tuple(dict.fromkeys(family.blocks for family in _FAMILIES.values()))
+# Language models inside others come last.
+_PLACES = (*dict.fromkeys(family.blocks for family in _FAMILIES.values()), "language_model.layers", "text_model.layers")
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -300,7 +305,7 @@ def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None
     layers = section.get("per_layer_config") or {}
     if layers and section.get("schema") != SCHEMA:
         raise ValueError(f"`prunekit` of the configuration has schema {section.get('schema')}, known is {SCHEMA}")
-    blocks = blocks_of(model)
+    blocks, config = blocks_of(model), config.get_text_config()
     for key, layer in layers.items():
         skipped, wrong = layer.get("skip", ()), set(layer) - {"skip", *WIDTHS}
         wrong |= set(skipped) - set(SKIPS)
@@ -509,5 +514,5 @@ def auto_class(name: str) -> str:
     """Auto class of transformers that a model class belongs to; `LlamaForCausalLM` gives `AutoModelForCausalLM`."""
     head = re.search(r"For[A-Z]\w*$", name)
     if head:
-        return f"AutoModel{head.group()}"
+        return f"AutoModel{head.group().replace('ForConditionalGeneration', 'ForImageTextToText')}"
     return "AutoModelForCausalLM" if name.endswith("LMHeadModel") else "AutoModel"

@@ -131,16 +131,17 @@ def loads(view: ModelView, layout: Layout) -> dict[str, str]:
     the configuration being a stock one.
     """
     auto = auto_class(view.config.get("architectures") or ())
+    onnx = "no: not exported with images" if view.arch.section else "through `prunekit export`"
     if layout.kind == "heterogeneous":
         no = f"no: {layout.reason or 'blocks differ'}"
         return {
             "transformers": f"{auto} with trust_remote_code=True, by the file in the folder",
             "transformers and prunekit": f"{auto} after `import prunekit`",
-            "ONNX Runtime": "through `prunekit export`",
+            "ONNX Runtime": onnx,
             "vLLM, TensorRT-LLM, llama.cpp": no,
         }
     return {
         "transformers": f"{auto}, no custom code",
-        "ONNX Runtime": "through `prunekit export`",
+        "ONNX Runtime": onnx,
         "vLLM, TensorRT-LLM, llama.cpp": "wherever the dense model runs: class and tensor names are its own",
     }

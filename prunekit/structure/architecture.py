@@ -58,7 +58,7 @@ class Periodic:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One file of `archs/`.
+    """One file of `archs/`; with `like` what it does not say is as in another.
 
     Args:
         name: of the file.
@@ -69,7 +69,9 @@ class Architecture:
         decoder: whether it keeps keys and values of earlier tokens.
         keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn, and for
             experts: experts, active_experts, dense_ffn. Several names, apart by a space, are tried in order.
-        section: key of the configuration's part that describes the blocks, "" where the whole does.
+        section: key of the configuration's part that describes the blocks, "" where the whole does; a configuration
+            without that part does so itself.
+        defaults: by model type of that part, what holds where it does not say.
         lists: configuration lists with an entry a block, and the sub-layer that an entry speaks of.
         periodic: by model type those of them that follow a rule where the configuration does not have them.
         sparse: keys of the blocks without experts: `dense` for their numbers, `step` for how often a block has experts.
@@ -93,6 +95,7 @@ class Architecture:
     decoder: bool
     keys: Mapping[str, str]
     section: str
+    defaults: Mapping[str, Mapping[str, Any]]
     lists: Mapping[str, str]
     periodic: Mapping[str, Mapping[str, Periodic]]
     sparse: Mapping[str, str]
@@ -183,8 +186,9 @@ def architectures() -> dict[str, Architecture]:
     import yaml
 
     found: dict[str, Architecture] = {}
-    for file in sorted(_FOLDER.glob("*.yaml")):
-        arch = _read(file.stem, yaml.safe_load(file.read_text(encoding="utf-8")))
+    files = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(_FOLDER.glob("*.yaml"))}
+    for name, data in files.items():
+        arch = _read(name, {**files.get(data.pop("like", ""), {}), **data})
         for model_type in arch.model_types:
             if model_type in found:
                 raise StructureError(f"`{model_type}` is described twice", at=f"{found[model_type].name}, {arch.name}")
@@ -196,6 +200,7 @@ _REQUIRED = {"model_types", "norm", "decoder", "keys", "lists", "stock_widths", 
 _OPTIONAL: dict[str, Any] = {
     "norm_by": [],
     "section": "",
+    "defaults": {},
     "periodic": {},
     "sparse": {},
     "fixed": {},
@@ -221,6 +226,7 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         decoder=data["decoder"],
         keys=data["keys"],
         section=data["section"],
+        defaults=data["defaults"],
         lists=data["lists"],
         periodic={
             model_type: {key: Periodic(*rule) for key, rule in rules.items()}

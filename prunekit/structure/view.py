@@ -165,6 +165,11 @@ class ModelView:
         return str(self.config.get("model_type", "")).startswith(PREFIX)
 
     @property
+    def section(self) -> str:
+        """Key of the configuration's part that describes the blocks, "" where the whole does."""
+        return self.arch.section if self.arch.section in self.config else ""
+
+    @cached_property
     def text(self) -> dict[str, Any]:
         """The part of the configuration that describes the blocks."""
         return text_config(self.config, self.arch)
@@ -193,7 +198,9 @@ class ModelView:
     def tied(self) -> bool:
         """Whether a head shares the token embedding."""
         stored = self._outer_like(self.arch.head) is not None
-        named = re.search(r"For(Causal|Masked)LM|LMHead", " ".join(self.config.get("architectures") or ()))
+        named = re.search(
+            r"For(CausalLM|MaskedLM|ConditionalGeneration)|LMHead", " ".join(self.config.get("architectures") or ())
+        )
         default = self.model_type in self.arch.tied
         said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings", default))
         return bool(not stored and named and said)
@@ -276,12 +283,12 @@ def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]
     """The part of a configuration that describes the blocks.
 
     Raises:
-        StructureError: if there is none.
+        StructureError: if it is something else.
     """
-    found = config.get(arch.section) if arch.section else dict(config)
-    if not isinstance(found, dict):
+    found = config.get(arch.section, config)
+    if not isinstance(found, Mapping):
         raise StructureError(f"`{arch.section}` must be a mapping", why=f"it is {found!r}", at="config.json")
-    return found
+    return {**arch.defaults.get(str(found.get("model_type")), {}), **found}
 
 
 class _Shape:

@@ -43,10 +43,10 @@ def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     changed |= _ffn(view, [view.blocks[f].ffn for _, f in sources], plan)
     config |= outside | _moved_pattern(view, sources)
     gone = {key for key, value in changed.items() if value is None}
-    before = config[view.arch.section] if view.arch.section else config
+    before = config[view.section] if view.section else config
     text = {key: value for key, value in (before | changed).items() if key not in gone}
     _set_older_rope_keys(text)
-    return config | {view.arch.section: text} if view.arch.section else text
+    return config | {view.section: text} if view.section else text
 
 
 def _sources(layout: Layout) -> list[tuple[int, int]]:

@@ -23,7 +23,6 @@ from tests.tiny import (
     DECODERS,
     EXPERTS,
     FAMILIES,
-    FIXED_HEADS,
     GROUPED,
     HEAD,
     PARALLEL,
@@ -41,6 +40,9 @@ ROUTED = 1e-5
 # Blocks, output matrices of attention and FFN, and the dimension of those matrices that heads and neurons enter by.
 PLACES = {
     **dict.fromkeys(GROUPED, ("model.layers", "self_attn.o_proj", "mlp.down_proj", 1)),
+    "llava": ("model.language_model.layers", "self_attn.o_proj", "mlp.down_proj", 1),
+    "qwen2_5_vl": ("model.language_model.layers", "self_attn.o_proj", "mlp.down_proj", 1),
+    "smolvlm": ("model.text_model.layers", "self_attn.o_proj", "mlp.down_proj", 1),
     "gpt_neox": ("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", 1),
     "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2", 1),
     "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj", 0),
@@ -228,7 +230,7 @@ def test_equal_widths_give_a_stock_model(family: str, tmp_path: Path) -> None:
         keep |= {f"blocks.{i}.ffn.neurons": tuple(range(i, i + width - 8))}
         if "experts" in view.sublayer(f"blocks.{i}.ffn").widths:
             keep[f"blocks.{i}.ffn.experts"] = (0, 1 + i % 3, 3) if i % 3 != 2 else (1, 2, 3)
-        if family not in FIXED_HEADS:
+        if "query_heads" in view.arch.stock_widths:
             keep |= {f"blocks.{i}.attention.query_heads": (i % 2,)}
     plan = Plan.make(view, ("blocks.0.attention", "blocks.0.ffn"), keep)
     assert cut(view, plan, tmp_path / "cut").kind == "stock"
