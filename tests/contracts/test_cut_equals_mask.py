@@ -238,6 +238,18 @@ def test_equal_widths_give_a_stock_model(family: str, tmp_path: Path) -> None:
     require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan), tolerance)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_stock_widths_are_those_that_a_stock_model_can_have(family: str, tmp_path: Path) -> None:
+    """What docs/reference/families.md says of each width."""
+    view = ModelView.open(write_tiny(family, tmp_path / "dense"))
+    for kind, (_, axis) in WIDTHS.items():
+        narrowed = [s for s in view.sublayers if s.widths.get(axis, 1) > 1 and kind not in view.arch.fixed]
+        if narrowed:
+            plan = Plan.make(view, keep={f"{s.address}.{kind}": range(s.widths[axis] // 2) for s in narrowed})
+            expected = "stock" if kind in view.arch.stock_widths else "heterogeneous"
+            assert (kind, choose_layout(view, plan).kind) == (kind, expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_cutting_twice_equals_cutting_once(family: str, tmp_path: Path) -> None:
     """The second plan is for the first one's result and counts what that has left."""
