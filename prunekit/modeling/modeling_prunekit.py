@@ -99,11 +99,13 @@ class _SubLayer:
         linears: layers with a side that gets narrower: side (`out` or `in`) and what it is a multiple of; `qkv` is
             heads and twice KV heads.
         counts: module that holds head counts as attributes.
+        fixed: why no head can go, "" where some can.
     """
 
     swaps: Mapping[str, type[nn.Module]]
     linears: Mapping[str, tuple[str, str]]
     counts: str
+    fixed: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,14 @@ _GEMMA = _Family(
         "mlp",
     ),
 )
-# Heads share a norm here, so that none of them can go.
 _OLMO2 = _Family(
     "layers",
-    _SubLayer({"self_attn": _NoAttention, "post_attention_layernorm": nn.Identity}, {}, "self_attn"),
+    _SubLayer(
+        {"self_attn": _NoAttention, "post_attention_layernorm": nn.Identity},
+        _SELF_ATTN,
+        "self_attn",
+        "they share a norm",
+    ),
     _SubLayer({"mlp": _NoFFN, "post_feedforward_layernorm": nn.Identity}, _GATED, "mlp"),
 )
 _NEOX = _Family(
@@ -261,6 +267,25 @@ def present(block: nn.Module, kind: str) -> bool:
     return any(type(block.get_submodule(name)).__name__ != other.__name__ for name, other in swaps.items())
 
 
+def has_output_projection(block: nn.Module, kind: str) -> bool:
+    """Whether a sub-layer has one output projection; an FFN with experts has one for each of them."""
+    return kind != "ffn" or not hasattr(getattr(block, "mlp", None), "experts")
+
+
+def output_projection(block: nn.Module, kind: str) -> nn.Module:
+    """The layer that leads from the heads or neurons of a block's `attention` or `ffn` back to the residual stream.
+
+    Raises:
+        ValueError: for an FFN with experts.
+    """
+    linears = _sublayer(block, kind).linears
+    if not has_output_projection(block, kind):
+        raise ValueError(
+            f"the FFN of a `{type(block).__name__}` with experts has an output projection for each of them"
+        )
+    return block.get_submodule(next(path for path, (side, _) in linears.items() if side == "in"))
+
+
 def skip(block: nn.Module, kind: str) -> None:
     """Makes a sub-layer the identity on the residual stream for good; its parameters are gone, its norm's too.
 
@@ -334,8 +359,8 @@ def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transforme
     if (new_heads, new_kv) == (heads, kv):
         return
     attention = _sublayer(block, "attention")
-    if not attention.linears:
-        raise ValueError(f"the heads of a `{type(block).__name__}` share a norm: none can go")
+    if attention.fixed:
+        raise ValueError(f"no head of a `{type(block).__name__}` can go: {attention.fixed}")
     qkv = (new_heads + 2 * new_kv, heads + 2 * kv)
     _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv), "qkv": qkv})
     core: Any = block.get_submodule(attention.counts)

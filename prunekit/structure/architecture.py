@@ -79,7 +79,8 @@ class Architecture:
         fixed: width kinds that cannot be cut, and why: what is left would compute something else.
         block: pattern of tensor names up to the block's number.
         sublayers: tensors of `attention`, `ffn` and `dense_ffn` (that of blocks without experts in a model that has
-            them) by the name after the block's number; `{expert}` stands for an expert's number.
+            them) by the name after the block's number; `{expert}` stands for an expert's number, and the last matrix of
+            each leads back to the residual stream.
         outer: tensors outside blocks by pattern.
         ignored: patterns of stored buffers that are no weights.
         head: pattern of the output matrix, "" where there is none.
@@ -146,6 +147,10 @@ class Architecture:
         """A block tensor's name with `{expert}` for its expert's number, and the number, None where it has none."""
         found = _EXPERT.search(name)
         return (_EXPERT.sub(".experts.{expert}.", name, count=1), int(found[1])) if found else (name, None)
+
+    def output_projection(self, kind: str) -> str:
+        """Name after the block's number of the matrix that leads from heads or neurons to the residual stream."""
+        return [name for name, pattern in self.sublayers[kind].items() if len(pattern.layout or ()) == 2][-1]
 
     def find_outer(self, name: str) -> Pattern | None:
         """What a tensor outside blocks is; None where the architecture does not know it."""

@@ -92,6 +92,7 @@ class Group:
         members: tensors of each unit; for widths one entry, the tensors that all units share.
         axis: for widths the axis that a unit is one position of, else "".
         sizes: for widths the size of every axis in the members' layouts.
+        output: for widths the matrix by which the units lead back to the residual stream.
     """
 
     kind: str
@@ -100,6 +101,7 @@ class Group:
     members: tuple[tuple[TensorRef, ...], ...]
     axis: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
+    output: TensorRef | None = None
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,12 @@ class ModelView:
 
     def usual(self, sublayer: SubLayer) -> Mapping[str, int]:
         """Widths that the configuration gives a sub-layer."""
+        return self.widths[self._variant(sublayer)]
+
+    def _variant(self, sublayer: SubLayer) -> str:
+        """Kind of a sub-layer, `dense_ffn` for the FFN of a block without experts in a model that has them."""
         dense = sublayer.kind == "ffn" and "experts" not in sublayer.widths and "experts" in self.widths["ffn"]
-        return self.widths["dense_ffn" if dense else sublayer.kind]
+        return "dense_ffn" if dense else sublayer.kind
 
     @property
     def active_experts(self) -> int:
@@ -276,7 +282,21 @@ class ModelView:
                     for ref in sublayer.tensors
                     if any(axis in dim for dim in ref.layout) or (kind == "experts" and ref.expert is not None)
                 )
-                yield Group(kind, address, units, (members,), axis, self.sizes(sublayer))
+                output = None if "experts" in sublayer.widths else self.output(sublayer)
+                yield Group(kind, address, units, (members,), axis, self.sizes(sublayer), output)
+
+    def output(self, sublayer: SubLayer) -> TensorRef:
+        """The matrix by which a sub-layer leads back to the residual stream.
+
+        Raises:
+            StructureError: for an FFN with experts, which has one each.
+        """
+        if "experts" in sublayer.widths:
+            raise StructureError(
+                f"`{sublayer.address}` has no single output projection", why="every expert has its own"
+            )
+        wanted = self.arch.output_projection(self._variant(sublayer))
+        return next(ref for ref in sublayer.tensors if (place := self.arch.split(ref.name)) and place[1] == wanted)
 
 
 def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:

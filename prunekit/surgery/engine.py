@@ -19,7 +19,7 @@ from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView, SubLayer, TensorRef
 from prunekit.surgery.config import cut_config
 from prunekit.surgery.sidecar import model_files, write_model_files
-from prunekit.surgery.slices import Keep, cut_pieces, cut_shape, cuts_of
+from prunekit.surgery.slices import cut_pieces, cut_shape, cuts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,7 @@ def apply(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = NULL_PROGRESS,
     layout: Layout | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> Layout:
     """Writes the cut checkpoint; the source is only read.
 
@@ -46,6 +47,8 @@ def apply(
         max_shard_bytes: largest weight file.
         progress: told of bytes written.
         layout: format of the result; the simplest that can hold it by default.
+        replaced: new values of tensors by their names in the source, in the types of the source and the shapes that
+            the plan leaves.
     Returns:
         The layout.
     Raises:
@@ -55,12 +58,11 @@ def apply(
     """
     plan.check(view)
     layout = choose_layout(view, plan) if layout is None else layout
-    cuts = cuts_of(plan)
     _require_complete(view, plan, layout)
     config = cut_config(view, plan, layout)
     source = view.checkpoint.folder
     others = model_files(source)
-    tensors = sorted(_tensors(view, plan, cuts, layout), key=lambda pair: _place(view, pair[0]))
+    tensors = sorted(_tensors(view, plan, layout, replaced or {}), key=lambda pair: _place(view, pair[0]))
     write_weights(folder, [tensor for _, tensor in tensors], max_shard_bytes, progress)
     with disk_errors(folder):
         write_json(folder / "config.json", config)
@@ -90,9 +92,10 @@ def _placed(view: ModelView, layout: Layout) -> Iterator[tuple[int, SubLayer]]:
 
 
 def _tensors(
-    view: ModelView, plan: Plan, cuts: Mapping[str, Keep], layout: Layout
+    view: ModelView, plan: Plan, layout: Layout, replaced: Mapping[str, Tensor]
 ) -> Iterator[tuple[TensorRef, OutTensor]]:
     """Every tensor of the result beside the one it comes from."""
+    cuts = cuts_of(plan)
     for ref in view.outer:
         yield ref, OutTensor(ref.name, ref.dtype, ref.shape, _stored(view, ref))
     for new, sublayer in _placed(view, layout):
@@ -103,7 +106,9 @@ def _tensors(
                 continue
             shape = cut_shape(ref.shape, ref.layout, sizes, keep)
             content: Stored | Callable[[], Iterator[Tensor]] = _stored(view, ref)
-            if any(axis in keep for dim in ref.layout for axis in dim):
+            if ref.name in replaced:
+                content = partial(iter, [replaced[ref.name]])
+            elif any(axis in keep for dim in ref.layout for axis in dim):
                 content = partial(cut_pieces, view.checkpoint, ref, sizes, keep)
             expert = None if ref.expert is None else experts[ref.expert]
             yield ref, OutTensor(view.arch.renumbered(ref.name, new, expert), ref.dtype, shape, content)

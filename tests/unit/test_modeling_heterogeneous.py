@@ -179,7 +179,7 @@ def test_narrower_blocks_equal_zeroed_units(family: str) -> None:
 
 @pytest.mark.parametrize("family", FIXED_HEADS)
 def test_heads_under_one_norm_cannot_go(family: str) -> None:
-    with pytest.raises(ValueError, match="share a norm"):
+    with pytest.raises(ValueError, match="they share a norm"):
         heterogeneous(tiny_model(family), {"01": {"num_attention_heads": 2, "num_key_value_heads": 1}})
 
 
