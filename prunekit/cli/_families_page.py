@@ -19,7 +19,9 @@ of its own. A dash: there are none. Every cell is tested: a cut model computes i
 with the removed parts masked (in float32 behind a router).
 
 Methods that run sub-layers one at a time (every search, and scores that need data) refuse models whose attention and
-FFN read the same stream. ONNX export is tested with llama, qwen2, qwen3, gpt2, bert and vit only; that is written is checked against torch. Models that see are not exported.
+FFN read the same stream.
+
+ONNX export is tested with llama, qwen2, qwen3, gpt2, bert and vit only. Models that see are not exported.
 """
 _HEAD = "| model type | sub-layers | KV groups | query heads | neurons | experts |\n|---|---|---|---|---|---|"
 
