@@ -1,7 +1,7 @@
 """Writes the generated pages of docs/: `python -m prunekit.cli.docs`, with `--check` only compares.
 
-Generated are the recipe reference (from the recipe's models), the command reference (from the verbs' own options) and a
-card for each method (from its class).
+Generated are the recipe reference (from the recipe's models), the command reference (from the verbs' own options), the
+table of families (from the architecture files) and a card for each method (from its class).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from prunekit.cli._families_page import families_page
 from prunekit.cli.main import summary, verbs
 from prunekit.cli.methods import needs_text
 from prunekit.core.method_card import Card, card, example_use, method_names, type_text, yaml_text
@@ -60,6 +61,7 @@ def pages() -> dict[str, str]:
     """Text of every generated page by its path below docs/."""
     cards = [card(role, name) for role, name in method_names()]
     made = {"reference/recipe.md": recipe_page(), "reference/cli.md": cli_page(), "methods/index.md": index_page(cards)}
+    made["reference/families.md"] = families_page(_MADE)
     made |= {f"methods/{card_path(entry)}": card_page(entry) for entry in cards}
     return {path: text.rstrip() + "\n" for path, text in made.items()}
 

@@ -13,7 +13,7 @@ from prunekit.core.registry import METRICS, REPAIRS
 from prunekit.core.yaml_lines import KeyPath
 
 KINDS = get_args(Kind)
-_NO_KV = ("ffn", "neurons", "query_heads")
+_NO_KV = ("ffn", "neurons", "query_heads", "experts")
 
 
 def combination_problems(data: Mapping[str, Any]) -> list[Problem]:

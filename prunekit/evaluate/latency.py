@@ -118,7 +118,7 @@ def _inputs(model: Any, batch: int, prompt_tokens: int) -> tuple[dict[str, Tenso
         patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
         pixels = torch.randn(batch, config.num_channels, size, size, generator=generator)
         return {"pixel_values": pixels.to(model.device, model.dtype)}, (size // patch) ** 2
-    ids = torch.randint(0, config.vocab_size, (batch, prompt_tokens), generator=generator)
+    ids = torch.randint(0, config.get_text_config().vocab_size, (batch, prompt_tokens), generator=generator)
     return {"input_ids": ids.to(model.device)}, prompt_tokens
 
 
