@@ -112,6 +112,8 @@ def _config_limit(view: ModelView, plan: Plan, left: list[SubLayer], moved: bool
         return f"the stock class wants a hidden width ({view.hidden}) that {heads} heads divide"
     if moved and view.config.get("scale_attn_by_inverse_layer_idx"):
         return "`scale_attn_by_inverse_layer_idx` ties a block's scale to its number"
+    if view.arch.first_attention_stays and left[0].block:
+        return "the stock class has no norm before its first attention, others have"
     depth = len(view.blocks)
     if depth > 1 and len(left) // 2 != depth:
         for key, value in view.config.items():

@@ -39,9 +39,12 @@ class Architecture:
         norm: `pre` where each sub-layer normalises its input and adds its output to the residual stream, `post` where
             the sum is normalised.
         decoder: whether it keeps keys and values of earlier tokens.
-        keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn.
+        keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn, or
+            ffn_multiple where it gives the FFN's width as a multiple of the hidden width.
         lists: configuration lists with an entry a block, and the sub-layer that an entry speaks of.
         stock_widths: width kinds that a stock configuration can say when all blocks are alike.
+        shared_heads: whether a tensor outside blocks has an entry for each head, so that heads keep their numbers.
+        first_attention_stays: whether the first attention differs from the others and cannot be another one.
         block: pattern of tensor names up to the block's number.
         sublayers: tensors of `attention` and `ffn` by the name after the block's number.
         outer: tensors outside blocks by pattern.
@@ -58,6 +61,8 @@ class Architecture:
     keys: Mapping[str, str]
     lists: Mapping[str, str]
     stock_widths: tuple[str, ...]
+    shared_heads: bool
+    first_attention_stays: bool
     block: str
     sublayers: Mapping[str, Mapping[str, Pattern]]
     outer: Mapping[str, Pattern]
@@ -114,7 +119,14 @@ def architectures() -> dict[str, Architecture]:
 
 
 _REQUIRED = {"model_types", "norm", "decoder", "keys", "lists", "stock_widths", "block", "attention", "ffn", "outer"}
-_OPTIONAL = {"ignored": [], "head": "", "table": "", "projection": ""}
+_OPTIONAL = {
+    "ignored": [],
+    "head": "",
+    "table": "",
+    "projection": "",
+    "shared_heads": False,
+    "first_attention_stays": False,
+}
 
 
 def _read(name: str, data: dict[str, Any]) -> Architecture:
@@ -130,6 +142,8 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         keys=data["keys"],
         lists=data["lists"],
         stock_widths=tuple(data["stock_widths"]),
+        shared_heads=data["shared_heads"],
+        first_attention_stays=data["first_attention_stays"],
         block=data["block"],
         sublayers={kind: _patterns(data[kind]) for kind in ("attention", "ffn")},
         outer=_patterns(data["outer"]),

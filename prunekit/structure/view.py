@@ -24,7 +24,8 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
 }
 # What a configuration of a heterogeneous folder calls a removed sub-layer.
 SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
-_PARTS = {"part": 3}
+# Queries, keys and values in one matrix; gate and input of an FFN in one matrix.
+_PARTS = {"part": 3, "gate": 2}
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,12 @@ class ModelView:
         """Whether prunekit wrote the folder with blocks that differ."""
         return str(self.config.get("model_type", "")).startswith(PREFIX)
 
+    def heads_of(self, block: int) -> list[int]:
+        """Numbers that a block's heads have in the dense model; of a heterogeneous folder they may have gaps."""
+        layers = (self.config.get("prunekit") or {}).get("per_layer_config") or {}
+        numbers = next((layer.get("kept_heads") for key, layer in layers.items() if int(key) == block), None)
+        return list(numbers or range(self.widths["kv"]))
+
     @cached_property
     def sublayers(self) -> tuple[SubLayer, ...]:
         """All sub-layers in execution order."""
@@ -181,7 +188,7 @@ class ModelView:
         """Whether a head shares the token embedding."""
         stored = self._outer_like(self.arch.head) is not None
         named = re.search(r"For(Causal|Masked)LM|LMHead", " ".join(self.config.get("architectures") or ()))
-        default = self.arch.name in ("gpt2", "bert")
+        default = self.arch.name == "gpt2" or not self.arch.decoder
         return bool(not stored and named and self.config.get("tie_word_embeddings", default))
 
     def _outer_like(self, pattern: str) -> TensorRef | None:
@@ -253,7 +260,7 @@ class _Shape:
         self.heads = self._number("heads")
         self.kv_heads = self._number("kv_heads", self.heads)
         self.head_width = self._number("head_width", self.hidden // self.heads)
-        self.ffn = self._number("ffn", 4 * self.hidden)
+        self.ffn = self._number("ffn", self._number("ffn_multiple", 4) * self.hidden)
         section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
         try:
             layers = (section or {}).get("per_layer_config") or {}
@@ -290,6 +297,10 @@ class _Shape:
         if heads % groups:
             why = f"{heads} query heads in {groups} KV groups"
             raise StructureError(f"the heads of block {block} do not divide", why=why, at="config.json")
+        numbers = layer.get("kept_heads", range(groups))
+        if len(numbers) != groups or not set(numbers) <= set(range(self.kv_heads)):
+            why = f"`kept_heads` are {numbers}, of {self.kv_heads} heads {groups} stay"
+            raise StructureError(f"the heads of block {block} are not known", why=why, at="config.json")
         return {"kv": groups, "rep": heads // groups, "hd": self.head_width}
 
 

@@ -14,6 +14,8 @@ from prunekit.structure.view import SKIPS, SUBLAYER_KINDS, ModelView, SubLayer
 _CLASS_PREFIX = "Prunekit"
 # What transformers takes where a configuration with `use_sliding_window` does not say it.
 _MAX_WINDOW_LAYERS = 28
+# Key that says every how many blocks attention has no window, and what transformers takes where it is missing.
+_EVERY = {"modernbert": ("global_attn_every_n_layers", 3)}
 
 
 def cut_config(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     sources = _sources(layout)
     _require_movable(view.config, sources)
     config = _stock_base(view)
+    _drop_stages(config, len(view.blocks), len(sources))
     config |= _per_layer_lists(view, sources)
     config[view.arch.keys["blocks"]] = len(sources)
     attention = [view.blocks[a].attention for a, _ in sources]
@@ -63,6 +66,22 @@ def _require_movable(config: Mapping[str, Any], sources: list[tuple[int, int]]) 
         )
 
 
+def _drop_stages(config: dict[str, Any], old: int, new: int) -> None:
+    """Takes out the names of the blocks that a vision backbone can hand out; its configuration makes them anew."""
+    given = config.get("out_indices")
+    if new == old or "stage_names" not in config:
+        return
+    if given not in (None, [old]):
+        raise SurgeryError(
+            "blocks of a backbone that hands out inner blocks cannot go",
+            why=f"`out_indices` {given} would name others",
+            hint="remove parts of blocks with `layout: heterogeneous`, which keeps the numbers",
+            at="config.json",
+        )
+    for key in ("stage_names", "out_indices", "out_features"):
+        config.pop(key, None)
+
+
 def _stock_base(view: ModelView) -> dict[str, Any]:
     """The source's configuration without what only a heterogeneous folder has."""
     config = dict(view.config)
@@ -90,11 +109,13 @@ def _other_sections(view: ModelView) -> dict[str, Any]:
 
 def _per_layer_lists(view: ModelView, sources: list[tuple[int, int]]) -> dict[str, Any]:
     """Lists and numbers that speak of single blocks, for the blocks of the result."""
-    config = view.config | _explicit_layer_types(view)
+    config = view.config | _explicit_layer_types(view) | _numbered_layer_types(view)
     changed: dict[str, Any] = {}
     for key, kind in view.arch.lists.items():
         if isinstance(config.get(key), list):
             changed[key] = [config[key][a if kind == "attention" else f] for a, f in sources]
+    if view.model_type in _EVERY and "layer_types" in changed:
+        changed[_EVERY[view.model_type][0]] = _every(changed["layer_types"])
     full = config.get("max_window_layers")
     if isinstance(full, int):
         changed["max_window_layers"] = sum(a < full for a, _ in sources)
@@ -116,6 +137,24 @@ def _explicit_layer_types(view: ModelView) -> dict[str, list[str]]:
     first = config.get("max_window_layers", _MAX_WINDOW_LAYERS)
     names = ("full_attention", "sliding_attention")
     return {"layer_types": [names[block.index >= first] for block in view.blocks]}
+
+
+def _numbered_layer_types(view: ModelView) -> dict[str, list[str]]:
+    """Window or not for each block, where a configuration says every how many blocks there is none."""
+    if view.model_type not in _EVERY or view.config.get("layer_types"):
+        return {}
+    every = view.config.get(*_EVERY[view.model_type])
+    return {"layer_types": ["sliding_attention" if i % every else "full_attention" for i in range(len(view.blocks))]}
+
+
+def _every(types: list[str]) -> int:
+    """Every how many blocks attention has no window, for transformers 4, which reads this number and not the list.
+
+    0 where no number says it: transformers 4 then fails instead of computing something else.
+    """
+    windowed = [kind == "sliding_attention" for kind in types]
+    numbers = range(1, len(types) + 1)
+    return next((n for n in numbers if windowed == [i % n > 0 for i in range(len(types))]), 0)
 
 
 def _alike(sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, int]:
@@ -142,13 +181,7 @@ def _heads(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _neurons(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
-    key = view.arch.keys["ffn"]
-    return {} if left["ffn"] == _global_ffn(view) else {key: left["ffn"]}
-
-
-def _global_ffn(view: ModelView) -> int:
-    """What blocks have where nothing else is said; GPT-2 leaves out four times the hidden width."""
-    return view.config.get(view.arch.keys["ffn"]) or 4 * view.hidden
+    return {} if left["ffn"] == view.widths["ffn"] else {view.arch.keys["ffn"]: left["ffn"]}
 
 
 def _set_older_rope_keys(config: dict[str, Any]) -> None:
@@ -173,6 +206,7 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
         layer: dict[str, Any] = {"skip": gone} if gone else {}
         if attention is not None:
             layer |= _other_heads(view, view.blocks[block].attention, plan)
+            layer |= _numbered_heads(view, view.blocks[block].attention, plan)
         if ffn is not None:
             layer |= _other_neurons(view, view.blocks[block].ffn, plan)
         if layer:
@@ -193,8 +227,17 @@ def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dic
     return {key: value for key, value in own.items() if value != usual[key]}
 
 
+def _numbered_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dict[str, list[int]]:
+    """Which heads of the dense model a block has left, where blocks share a tensor with an entry for each."""
+    if attention is None or not view.arch.shared_heads:
+        return {}
+    there = view.heads_of(attention.block)
+    kept = [there[i] for i in plan.keep.get(f"{attention.address}.kv_groups", range(len(there)))]
+    return {"kept_heads": kept} if len(kept) < view.widths["kv"] else {}
+
+
 def _other_neurons(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:
     if ffn is None:
         return {}
     left = kept_widths(ffn, plan)["ffn"]
-    return {} if left == _global_ffn(view) else {"intermediate_size": left}
+    return {} if left == view.widths["ffn"] else {"intermediate_size": left}

@@ -17,11 +17,12 @@ from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import WIDTHS, ModelView
 from prunekit.surgery import engine
-from tests.tiny import DECODERS, FAMILIES, HEAD, tiny_inputs, tiny_model, write_tiny
+from tests.tiny import DECODERS, FAMILIES, HEAD, dinov2_linears, tiny_inputs, tiny_model, write_tiny
 
 # float64 both times, the same sums in another order.
 TOLERANCE = 1e-10
-PRE_NORM = tuple(family for family in FAMILIES if family != "bert")
+POST_NORM = ("bert", "roberta", "electra", "mpnet", "distilbert")
+PRE_NORM = tuple(family for family in FAMILIES if family not in POST_NORM)
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 CUTS = ("blocks", "sublayers", "kv_groups", "query_heads", "neurons", "mixture")
 # Blocks, output matrices of attention and FFN, and the dimension of those matrices that heads and neurons enter by.
@@ -29,7 +30,25 @@ PLACES = {
     **dict.fromkeys(LLAMAS, ("model.layers", "self_attn.o_proj", "mlp.down_proj", 1)),
     "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj", 0),
     "bert": ("encoder.layer", "attention.output.dense", "output.dense", 1),
+    "roberta": ("roberta.encoder.layer", "attention.output.dense", "output.dense", 1),
+    "electra": ("electra.encoder.layer", "attention.output.dense", "output.dense", 1),
+    "mpnet": ("encoder.layer", "attention.attn.o", "output.dense", 1),
+    "distilbert": ("distilbert.transformer.layer", "attention.out_lin", "ffn.lin2", 1),
+    "modernbert": ("model.layers", "attn.Wo", "mlp.Wo", 1),
     "vit": ("vit.layers", "attention.o_proj", "mlp.fc2", 1),
+    "deit": ("deit.layers", "attention.o_proj", "mlp.fc2", 1),
+    "dinov2": ("encoder.layer", dinov2_linears()[3], "mlp.fc2", 1),
+    "videomae": ("videomae.encoder.layer", "attention.output.dense", "output.dense", 1),
+    **{
+        f"{tower}_model": ("encoder.layers", "self_attn.out_proj", "mlp.fc2", 1)
+        for tower in ("clip_vision", "clip_text", "siglip_vision", "siglip_text")
+    },
+}
+# Of post-norm families: the norms of both sub-layers.
+NORMS = {
+    **dict.fromkeys(("bert", "roberta", "electra"), ("attention.output.LayerNorm", "output.LayerNorm")),
+    "mpnet": ("attention.LayerNorm", "output.LayerNorm"),
+    "distilbert": ("sa_layer_norm", "output_layer_norm"),
 }
 
 
@@ -67,21 +86,20 @@ def masked_outputs(family: str, view: ModelView, plan: Plan) -> torch.Tensor:
         for kind, output in (("attention", attention), ("ffn", ffn)):
             address = f"blocks.{index}.{kind}"
             if address in plan.drop:
-                remove(block, output, family)
+                remove(block, kind, output, family)
             else:
                 keep_inputs(block.get_submodule(output), dim, entering(view, plan, address))
     with torch.no_grad():
         return model(**tiny_inputs(family))[0]
 
 
-def remove(block: torch.nn.Module, output: str, family: str) -> None:
+def remove(block: torch.nn.Module, kind: str, output: str, family: str) -> None:
     """Takes a sub-layer's contribution out of the residual stream; with its norm where that follows the sum."""
-    if family == "bert":
-        output_and_norm = block.get_submodule(output.removesuffix(".dense"))
-        output_and_norm.register_forward_hook(lambda _, given, __: given[1])
-        return
     for parameter in block.get_submodule(output).parameters():
         parameter.data.zero_()
+    if family in POST_NORM:
+        norm = block.get_submodule(NORMS[family][kind == "ffn"])
+        norm.register_forward_hook(lambda _, given, __: given[0])
 
 
 def entering(view: ModelView, plan: Plan, address: str) -> list[int] | None:
