@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,6 +43,7 @@ class Architecture:
             ffn_multiple where it gives the FFN's width as a multiple of the hidden width.
         lists: configuration lists with an entry a block, and the sub-layer that an entry speaks of.
         stock_widths: width kinds that a stock configuration can say when all blocks are alike.
+        tied: model types whose head shares the token embedding where the configuration does not say.
         shared_heads: whether a tensor outside blocks has an entry for each head, so that heads keep their numbers.
         first_attention_stays: whether the first attention differs from the others and cannot be another one.
         block: pattern of tensor names up to the block's number.
@@ -61,6 +62,7 @@ class Architecture:
     keys: Mapping[str, str]
     lists: Mapping[str, str]
     stock_widths: tuple[str, ...]
+    tied: tuple[str, ...]
     shared_heads: bool
     first_attention_stays: bool
     block: str
@@ -79,6 +81,18 @@ class Architecture:
     def renumbered(self, name: str, block: int) -> str:
         """A block tensor's name in another block."""
         return re.sub(rf"^({self.block})\d+\.", lambda match: f"{match[1]}{block}.", name)
+
+    def classes(self, config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+        """Names of a checkpoint's classes: the configuration's, or the base model's where an encoder's files hold that.
+
+        Sentence encoders are often saved without the head that their configuration goes on to name. Tensors of a base
+        model have names without its prefix, which is the optional part that a block's pattern begins with.
+        """
+        named = list(config.get("architectures") or ())
+        bare = self.block.split(")?", 1)[1]
+        if self.decoder or not any(re.match(bare, name) for name in names):
+            return named
+        return [re.sub(r"For[A-Z]\w*$", "Model", name) for name in named]
 
     def find_outer(self, name: str) -> Pattern | None:
         """What a tensor outside blocks is; None where the architecture does not know it."""
@@ -124,6 +138,7 @@ _OPTIONAL = {
     "head": "",
     "table": "",
     "projection": "",
+    "tied": [],
     "shared_heads": False,
     "first_attention_stays": False,
 }
@@ -142,6 +157,7 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         keys=data["keys"],
         lists=data["lists"],
         stock_widths=tuple(data["stock_widths"]),
+        tied=tuple(data["tied"]),
         shared_heads=data["shared_heads"],
         first_attention_stays=data["first_attention_stays"],
         block=data["block"],

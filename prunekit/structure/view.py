@@ -24,8 +24,7 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
 }
 # What a configuration of a heterogeneous folder calls a removed sub-layer.
 SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
-# Queries, keys and values in one matrix; gate and input of an FFN in one matrix.
-_PARTS = {"part": 3, "gate": 2}
+_PARTS = {"part": 3, "half": 2}
 
 
 @dataclass(frozen=True)
@@ -152,10 +151,12 @@ class ModelView:
         )
         return cls(checkpoint, arch, model_type.removeprefix(PREFIX), blocks, tuple(outer), shape.hidden, shape.usual())
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as stored."""
-        return self.checkpoint.config
+        """The configuration as stored; `architectures` names no head that the files do not hold."""
+        config = self.checkpoint.config
+        named = self.arch.classes(config, self.checkpoint.tensors)
+        return {**config, "architectures": named} if named else config
 
     @property
     def heterogeneous(self) -> bool:
@@ -188,7 +189,7 @@ class ModelView:
         """Whether a head shares the token embedding."""
         stored = self._outer_like(self.arch.head) is not None
         named = re.search(r"For(Causal|Masked)LM|LMHead", " ".join(self.config.get("architectures") or ()))
-        default = self.arch.name == "gpt2" or not self.arch.decoder
+        default = self.model_type in self.arch.tied
         return bool(not stored and named and self.config.get("tie_word_embeddings", default))
 
     def _outer_like(self, pattern: str) -> TensorRef | None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from prunekit.core.errors import CheckpointError
 from prunekit.modeling.load import load_model, load_tokenizer
 from prunekit.modeling.modeling_prunekit import blocks_of
+from prunekit.structure.view import ModelView
 from tests.heterogeneous import heterogeneous, without
 from tests.tiny import FAMILIES, tiny_inputs, tiny_model, write_tiny
 
@@ -106,6 +107,19 @@ def test_folder_without_architectures_loads_its_base_model(skips: Any, tmp_path:
     (without(stock, *skips) if skips else stock).save_pretrained(tmp_path)
     change(tmp_path, architectures=None)
     assert type(load_model(tmp_path)).__name__ == ("PrunekitBertModel" if skips else "BertModel")
+
+
+@pytest.mark.parametrize("family", ["mpnet", "bert"])
+def test_sentence_encoder_saved_without_the_head_it_names_is_its_base_model(family: str, tmp_path: Path) -> None:
+    stock = tiny_model(family)
+    stock.save_pretrained(tmp_path / "dense")
+    named = type(stock).__name__.replace("Model", "ForMaskedLM")
+    change(tmp_path / "dense", architectures=[named])
+    model = load_model(tmp_path / "dense", dtype="float64")
+    assert type(model) is type(stock)
+    assert torch.equal(logits(family, model), logits(family, stock))
+    view = ModelView.open(tmp_path / "dense")
+    assert (view.config["architectures"], view.tied) == ([type(stock).__name__], False)
 
 
 def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
