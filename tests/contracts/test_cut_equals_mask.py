@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from prunekit.core.errors import SurgeryError
 from prunekit.core.files import atomic_folder
 from prunekit.modeling.load import load_model
 from prunekit.plan.layout import Layout, choose_layout
@@ -170,7 +172,7 @@ def test_equal_widths_give_a_stock_model(family: str, tmp_path: Path) -> None:
     require_same(outputs(tmp_path / "cut", family), masked_outputs(family, view, plan))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mpnet"])
 def test_cutting_twice_equals_cutting_once(family: str, tmp_path: Path) -> None:
     """The second plan is for the first one's result and counts what that has left."""
     view = ModelView.open(write_tiny(family, tmp_path / "dense"))
@@ -204,6 +206,44 @@ def test_gpt2_scale_by_block_number_survives(tmp_path: Path) -> None:
     plan = Plan.make(view, ("blocks.1.attention", "blocks.1.ffn"))
     assert cut(view, plan, tmp_path / "cut").kind == "heterogeneous"
     require_same(outputs(tmp_path / "cut", "gpt2"), masked_outputs("gpt2", view, plan))
+
+
+@pytest.mark.parametrize("every", [None, 2, 3])
+def test_modernbert_keeps_windows_where_they_were(every: int | None, tmp_path: Path) -> None:
+    """Stored configurations list the blocks with a window, or say that every so many blocks have none."""
+    dense = write_tiny("modernbert", tmp_path / "dense", num_hidden_layers=6)
+    config = json.loads((dense / "config.json").read_text())
+    if every is not None:
+        del config["layer_types"]
+        (dense / "config.json").write_text(json.dumps(config | {"global_attn_every_n_layers": every}))
+    view = ModelView.open(dense)
+    plan = Plan.make(view, ("blocks.1.ffn", "blocks.2.attention", "blocks.4.attention", "blocks.4.ffn"))
+    assert cut(view, plan, tmp_path / "cut").kind == "repacked"
+    require_same(outputs(tmp_path / "cut", "modernbert"), masked_outputs("modernbert", view, plan))
+    found = json.loads((tmp_path / "cut" / "config.json").read_text())
+    names = {"F": "full_attention", "S": "sliding_attention"}
+    assert found["layer_types"] == [names[letter] for letter in {2: "FSSS"}.get(every or 3, "FSFS")]
+    assert found["global_attn_every_n_layers"] == {2: 4}.get(every or 3, 2)
+
+
+def test_modernbert_without_its_first_attention_is_heterogeneous(tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny("modernbert", tmp_path / "dense"))
+    plan = Plan.make(view, ("blocks.0.attention", "blocks.0.ffn"))
+    layout = cut(view, plan, tmp_path / "cut")
+    assert (layout.kind, layout.reason) == (
+        "heterogeneous",
+        "the stock class has no norm before its first attention, others have",
+    )
+    require_same(outputs(tmp_path / "cut", "modernbert"), masked_outputs("modernbert", view, plan))
+
+
+def test_backbone_that_hands_out_inner_blocks_keeps_them(tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny("dinov2", tmp_path / "dense", out_indices=[2, 4]))
+    plan = Plan.make(view, ("blocks.1.attention", "blocks.1.ffn"))
+    with pytest.raises(SurgeryError, match="hands out inner blocks"):
+        cut(view, plan, tmp_path / "cut")
+    cut(view, plan, tmp_path / "own class", "heterogeneous")
+    require_same(outputs(tmp_path / "own class", "dinov2"), masked_outputs("dinov2", view, plan))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -114,3 +114,22 @@ def test_names_without_the_model_prefix_and_mask_buffers_are_understood(
 def test_a_model_type_is_described_once() -> None:
     assert set(FAMILIES) <= set(architectures())
     assert architecture("prunekit_llama") is architecture("llama")
+
+
+def test_gated_ffn_of_dinov2_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(StructureError, match=r"unexpected tensor `encoder\.layer\.0\.mlp\.weights_in"):
+        ModelView.open(write_tiny("dinov2", tmp_path, use_swiglu_ffn=True))
+
+
+def test_numbers_of_heads_that_are_left_must_fit(tmp_path: Path) -> None:
+    folder = write_tiny("mpnet", tmp_path / "m")
+    layers = {"01": {"num_attention_heads": 2, "num_key_value_heads": 2, "kept_heads": [1, 4]}}
+    section = {"schema": 1, "base_model_type": "mpnet", "per_layer_config": layers}
+    with pytest.raises(StructureError, match="heads of block 1 are not known"):
+        ModelView.open(changed(folder, tmp_path / "n", model_type="prunekit_mpnet", prunekit=section))
+
+
+def test_width_of_the_projection_before_electras_blocks_counts_as_compute(folders: dict[str, Path]) -> None:
+    projection = ModelView.open(folders["electra"]).projection
+    assert projection is not None
+    assert projection.shape == (32, 16)
