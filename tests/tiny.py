@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "bert": ("BertConfig", "BertModel", {**_ENCODER, "vocab_size": VOCAB, "max_position_embeddings": 128}),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", {**_ENCODER, "vocab_size": VOCAB}),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaModel", {**_ENCODER, "vocab_size": VOCAB}),
     "mpnet": ("MPNetConfig", "MPNetModel", {**_ENCODER, "vocab_size": VOCAB}),
     "distilbert": (
         "DistilBertConfig",

@@ -34,6 +34,8 @@ CLASSES = {
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
     "ForTokenClassification",
     "roberta": "Roberta Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification ForTokenClassification",
+    "xlm-roberta": "XLMRoberta Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
     "electra": "Electra Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
     "ForTokenClassification",
     "mpnet": "MPNet Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification ForTokenClassification",
@@ -268,6 +270,7 @@ _FAMILIES = {
     "GPT2Block": _GPT2,
     "BertLayer": _BERT,
     "RobertaLayer": _BERT,
+    "XLMRobertaLayer": _BERT,
     "ElectraLayer": _BERT,
     "MPNetLayer": _MPNET,
     "TransformerBlock": _DISTILBERT,

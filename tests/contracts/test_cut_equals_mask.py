@@ -23,7 +23,8 @@ from tests.tiny import DECODERS, FAMILIES, HEAD, dinov2_linears, tiny_inputs, ti
 
 # float64 both times, the same sums in another order.
 TOLERANCE = 1e-10
-POST_NORM = ("bert", "roberta", "electra", "mpnet", "distilbert")
+BERTS = ("bert", "roberta", "xlm-roberta", "electra")
+POST_NORM = (*BERTS, "mpnet", "distilbert")
 PRE_NORM = tuple(family for family in FAMILIES if family not in POST_NORM)
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 CUTS = ("blocks", "sublayers", "kv_groups", "query_heads", "neurons", "mixture")
@@ -33,6 +34,7 @@ PLACES = {
     "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj", 0),
     "bert": ("encoder.layer", "attention.output.dense", "output.dense", 1),
     "roberta": ("roberta.encoder.layer", "attention.output.dense", "output.dense", 1),
+    "xlm-roberta": ("encoder.layer", "attention.output.dense", "output.dense", 1),
     "electra": ("electra.encoder.layer", "attention.output.dense", "output.dense", 1),
     "mpnet": ("encoder.layer", "attention.attn.o", "output.dense", 1),
     "distilbert": ("distilbert.transformer.layer", "attention.out_lin", "ffn.lin2", 1),
@@ -48,7 +50,7 @@ PLACES = {
 }
 # Of post-norm families: the norms of both sub-layers.
 NORMS = {
-    **dict.fromkeys(("bert", "roberta", "electra"), ("attention.output.LayerNorm", "output.LayerNorm")),
+    **dict.fromkeys(BERTS, ("attention.output.LayerNorm", "output.LayerNorm")),
     "mpnet": ("attention.LayerNorm", "output.LayerNorm"),
     "distilbert": ("sa_layer_norm", "output_layer_norm"),
 }

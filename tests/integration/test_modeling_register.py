@@ -33,6 +33,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import prunekit
 {LOAD}
 """
+DASH = """
+import prunekit
+from transformers import AutoModel
+model = AutoModel.from_pretrained(folder)
+assert (type(model).__name__, model.config.model_type) == ("PrunekitXLMRobertaModel", "prunekit_xlm-roberta")
+"""
 WITHOUT = """
 import os
 from transformers import AutoModel, AutoModelForCausalLM
@@ -90,6 +96,13 @@ def test_auto_classes_load_it_beside_prunekit(code: str, folder: Path, tmp_path:
     import prunekit
 
     run(code, folder, tmp_path, [str(Path(prunekit.__path__[0]).parent)])
+
+
+def test_auto_classes_load_a_model_type_with_a_dash(tmp_path: Path) -> None:
+    import prunekit
+
+    without(tiny_model("xlm-roberta"), (0, "attention")).save_pretrained(tmp_path / "folder")
+    run(DASH, tmp_path / "folder", tmp_path, [str(Path(prunekit.__path__[0]).parent)])
 
 
 def test_own_modeling_file_loads_it_and_is_saved_along(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.heterogeneous import heterogeneous, without
 from tests.tiny import BLOCKS, FAMILIES, FFN, HEAD, HEADS, KV_HEADS, NEURONS, dinov2_linears, tiny_inputs, tiny_model
 
 TOLERANCE = 1e-12
+BERTS = ("bert", "roberta", "xlm-roberta", "electra")
 TOWERS = ("clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip_text_model")
 QKV = ("query", "key", "value")
 BERT_ENDS = ("attention.output.dense", "output.dense")
@@ -29,7 +30,7 @@ def linears(name: str, qkv: Sequence[str], first: str, ends: tuple[str, str]) ->
 # Last layer of each sub-layer, inside a block: zeroing what it returns, or columns of it, masks a sub-layer or a unit.
 ENDS = {
     "gpt2": {"attention": "attn.c_proj", "ffn": "mlp.c_proj"},
-    **{key: {"attention": "attention.output.dense", "ffn": "output.dense"} for key in ("bert", "roberta", "electra")},
+    **{key: {"attention": "attention.output.dense", "ffn": "output.dense"} for key in BERTS},
     "mpnet": {"attention": "attention.attn.o", "ffn": "output.dense"},
     "distilbert": {"attention": "attention.out_lin", "ffn": "ffn.lin2"},
     "modernbert": {"attention": "attn.Wo", "ffn": "mlp.Wo"},
@@ -40,7 +41,7 @@ ENDS = {
 }
 # Norms behind the residual sums of attention and FFN.
 NORMS = {
-    **dict.fromkeys(("bert", "roberta", "electra"), ("attention.output.LayerNorm", "output.LayerNorm")),
+    **dict.fromkeys(BERTS, ("attention.output.LayerNorm", "output.LayerNorm")),
     "mpnet": ("attention.LayerNorm", "output.LayerNorm"),
     "distilbert": ("sa_layer_norm", "output_layer_norm"),
 }
@@ -61,7 +62,7 @@ CUTS = {
         "mlp.c_fc": ("ffn", 1),
         "mlp.c_proj": ("ffn", 0),
     },
-    **dict.fromkeys(("bert", "roberta", "electra"), linears("attention.self.{}", QKV, "intermediate.dense", BERT_ENDS)),
+    **dict.fromkeys(BERTS, linears("attention.self.{}", QKV, "intermediate.dense", BERT_ENDS)),
     "mpnet": linears("attention.attn.{}", "qkv", "intermediate.dense", ("attention.attn.o", "output.dense")),
     "distilbert": linears("attention.{}_lin", "qkv", "ffn.lin1", ("attention.out_lin", "ffn.lin2")),
     "modernbert": {
