@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ _LLAMA = {
     "head_dim": HEAD,
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 _ENCODER = {
     "hidden_size": HIDDEN,
@@ -28,6 +33,7 @@ _ENCODER = {
 _IMAGES = {"image_size": 16, "patch_size": 8}
 _MODERNBERT_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "cls_token_id": 2, "sep_token_id": 1}
 _TOWER_IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+_EVERY_OTHER = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 # Family: configuration class, model class, arguments.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, "attention_bias": True}),
@@ -38,10 +44,59 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     ),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA),
+    "smollm3": (
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {**_LLAMA, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_LLAMA, "tie_word_embeddings": False}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_LLAMA, "sliding_window": 6, "query_pre_attn_scalar": 12}),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_LLAMA, "sliding_window": 6, "query_pre_attn_scalar": 12, "layer_types": _EVERY_OTHER},
+    ),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_LLAMA, "tie_word_embeddings": False}),
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
         {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": HEADS, "n_inner": FFN, "n_positions": 128},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **_LLAMA,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {**_ENCODER, "vocab_size": VOCAB, "max_position_embeddings": 128, "rotary_pct": 0.5, "eos_token_id": 2},
+    ),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": BLOCKS,
+            "num_attention_heads": HEADS,
+            "ffn_dim": FFN,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 24,
+            "pad_token_id": 0,
+        },
     ),
     "bert": ("BertConfig", "BertModel", {**_ENCODER, "vocab_size": VOCAB, "max_position_embeddings": 128}),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", {**_ENCODER, "vocab_size": VOCAB}),
@@ -74,7 +129,32 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 IMAGE_MODELS = ("vit", "deit", "dinov2", "clip_vision_model", "siglip_vision_model", "videomae")
 # FFN neurons where they are not FFN.
 NEURONS = {"dinov2": 2 * HIDDEN}
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "electra", "modernbert")
+TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
+DECODERS = tuple(family for family in FAMILIES if family not in (*ENCODERS, *TEXT_TOWERS, *IMAGE_MODELS))
+# Several query heads to a key and value.
+GROUPED = tuple(family for family in DECODERS if family not in ("gpt2", "gpt_neox", "opt"))
+# Experts in the FFN of most blocks.
+EXPERTS = ("mixtral", "qwen3_moe")
+# Attention and FFN of a block read the same stream.
+PARALLEL = ("gpt_neox",)
+SEQUENTIAL = tuple(family for family in FAMILIES if family not in PARALLEL)
+# No attention of torch's own, for a soft cap: the model's softmax is in float32, and in float64 positions that are
+# padding on the left make it not a number.
+EAGER = ("gemma2",)
+# Heads that cannot go, since a norm runs over all of them.
+FIXED_HEADS = ("olmo2",)
+
+
+@contextmanager
+def built_in(dtype: torch.dtype) -> Iterator[None]:
+    """Models get this type, and constants that they hold its precision, as when they are loaded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
@@ -84,7 +164,10 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, *
     config_name, model_name, arguments = FAMILIES[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config_name)(**{**arguments, **changes})
-    model = getattr(transformers, model_name)(config).to(dtype).eval()
+    with built_in(dtype):
+        model = getattr(transformers, model_name)(config).to(dtype).eval()
+    if family in EXPERTS and dtype == torch.float64:
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.3 if parameter.dim() == 1 else 0.15

@@ -63,11 +63,20 @@ class Stack:
 
     Args:
         model: any loaded model whose blocks are known, in eval mode; stock or heterogeneous, any device and type.
+
+    Raises:
+        StructureError: if the sub-layers of a block do not run one after the other.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self._blocks = tuple(blocks_of(model))
+        if any(getattr(block, "use_parallel_residual", False) for block in self._blocks):
+            raise StructureError(
+                f"sub-layers of `{type(model).__name__}` cannot be run one at a time",
+                why="attention and FFN of a block read the same stream (`use_parallel_residual`)",
+                hint="use a score that needs no data, such as gardener or magnitude",
+            )
         self._tuples = type(self._blocks[0]).__name__ in _TUPLES
         self._units = tuple((b, k) for b, block in enumerate(self._blocks) for k in KINDS if present(block, k))
         self._sublayers = tuple(_alone(self._blocks[number], kind) for number, kind in self._units)

@@ -12,7 +12,7 @@ from prunekit.core.recipe_problems import Problem, near
 from prunekit.core.yaml_lines import KeyPath
 
 KINDS = get_args(Kind)
-_NO_KV = ("ffn", "neurons", "query_heads")
+_NO_KV = ("ffn", "neurons", "query_heads", "experts")
 
 
 def combination_problems(data: Mapping[str, Any]) -> list[Problem]:

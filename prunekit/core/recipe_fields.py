@@ -22,7 +22,6 @@ NOT_BUILT = {
     ("steps", "rewire"): "rewiring is not built yet; steps remove units",
 }
 _NOT_BUILT_VALUES = {
-    ("remove", "experts"),
     ("remove", "vocab"),
     ("formats", "gguf"),
     ("formats", "nemotron_nas"),

@@ -23,8 +23,8 @@ from pydantic import (
 
 from prunekit.core.registry import SCORES, SEARCHES, Registry
 
-Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons"]
-WIDTH_KINDS = ("query_heads", "kv_groups", "neurons")
+Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts"]
+WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts")
 REGISTRIES: dict[str, Registry] = {"score": SCORES, "search": SEARCHES}
 
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 SCHEMA = 1
 # What the configuration calls the two kinds of sub-layer, and the widths that a block can have of its own.
 SKIPS = {"attention": "attention", "mlp": "ffn"}
-WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_local_experts")
 # Stock model type: how names of stock classes begin, and how those of configuration, base model and heads go on.
 # prunekit reads this table without running the file.
 CLASSES = {
@@ -30,7 +30,16 @@ CLASSES = {
     "mistral": "Mistral Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "qwen2": "Qwen2 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "qwen3": "Qwen3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "smollm3": "SmolLM3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "phi3": "Phi3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gemma2": "Gemma2 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gemma3_text": "Gemma3 TextConfig TextModel ForCausalLM TextForSequenceClassification",
+    "olmo2": "Olmo2 Config Model ForCausalLM ForSequenceClassification",
     "gpt2": "GPT2 Config Model LMHeadModel ForSequenceClassification ForTokenClassification",
+    "mixtral": "Mixtral Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "qwen3_moe": "Qwen3Moe Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gpt_neox": "GPTNeoX Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "opt": "OPT Config Model ForCausalLM ForSequenceClassification",
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
     "ForTokenClassification",
     "roberta": "Roberta Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification ForTokenClassification",
@@ -84,13 +93,26 @@ class _SameOutput(nn.Module):
         return input_tensor
 
 
+class _OwnNumbers:
+    """A configuration of which some numbers are a module's own, for modules that read their sizes from it."""
+
+    def __init__(self, config: Any, **own: Any) -> None:
+        self.__dict__.update(own, _shared=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_shared":
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+
 @dataclass(frozen=True)
 class _SubLayer:
     """Where a sub-layer lies in a block.
 
     Args:
         swaps: modules of the block and what takes their place when the sub-layer is skipped; its norm among them.
-        linears: layers with a side that gets narrower: side (`out` or `in`) and what it is a multiple of.
+        linears: layers with a side that gets narrower: side (`out` or `in`) and what it is a multiple of; `qkv` is
+            heads and twice KV heads.
         counts: module that holds head counts as attributes.
         shared: module, and the argument of its forward that has an entry for each head and is the same for all blocks.
     """
@@ -110,22 +132,61 @@ class _Family:
     ffn: _SubLayer
 
 
-_LLAMA = _Family(
+_SELF_ATTN = {
+    "self_attn.q_proj": ("out", "heads"),
+    "self_attn.k_proj": ("out", "kv"),
+    "self_attn.v_proj": ("out", "kv"),
+    "self_attn.o_proj": ("in", "heads"),
+}
+_GATED = {"mlp.gate_proj": ("out", "ffn"), "mlp.up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")}
+_NO_ATTENTION = {"input_layernorm": nn.Identity, "self_attn": _NoAttention}
+_NO_FFN = {"post_attention_layernorm": nn.Identity, "mlp": _NoFFN}
+_LLAMA = _Family("layers", _SubLayer(_NO_ATTENTION, _SELF_ATTN, "self_attn"), _SubLayer(_NO_FFN, _GATED, "mlp"))
+_PHI3 = _Family(
+    "layers",
+    _SubLayer(_NO_ATTENTION, {"self_attn.qkv_proj": ("out", "qkv"), "self_attn.o_proj": ("in", "heads")}, "self_attn"),
+    _SubLayer(_NO_FFN, {"mlp.gate_up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")}, "mlp"),
+)
+_GEMMA = _Family(
+    "layers",
+    _SubLayer({**_NO_ATTENTION, "post_attention_layernorm": nn.Identity}, _SELF_ATTN, "self_attn"),
+    _SubLayer(
+        {"pre_feedforward_layernorm": nn.Identity, "mlp": _NoFFN, "post_feedforward_layernorm": nn.Identity},
+        _GATED,
+        "mlp",
+    ),
+)
+# Heads share a norm here, so that none of them can go.
+_OLMO2 = _Family(
+    "layers",
+    _SubLayer({"self_attn": _NoAttention, "post_attention_layernorm": nn.Identity}, {}, "self_attn"),
+    _SubLayer({"mlp": _NoFFN, "post_feedforward_layernorm": nn.Identity}, _GATED, "mlp"),
+)
+_NEOX = _Family(
     "layers",
     _SubLayer(
-        {"input_layernorm": nn.Identity, "self_attn": _NoAttention},
+        {"input_layernorm": nn.Identity, "attention": _NoAttention},
+        {"attention.query_key_value": ("out", "heads"), "attention.dense": ("in", "heads")},
+        "attention",
+    ),
+    _SubLayer(_NO_FFN, {"mlp.dense_h_to_4h": ("out", "ffn"), "mlp.dense_4h_to_h": ("in", "ffn")}, "mlp"),
+)
+_OPT = _Family(
+    "decoder.layers",
+    _SubLayer(
+        {"self_attn_layer_norm": nn.Identity, "self_attn": _NoAttention},
         {
             "self_attn.q_proj": ("out", "heads"),
             "self_attn.k_proj": ("out", "kv"),
             "self_attn.v_proj": ("out", "kv"),
-            "self_attn.o_proj": ("in", "heads"),
+            "self_attn.out_proj": ("in", "heads"),
         },
         "self_attn",
     ),
     _SubLayer(
-        {"post_attention_layernorm": nn.Identity, "mlp": _NoFFN},
-        {"mlp.gate_proj": ("out", "ffn"), "mlp.up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")},
-        "mlp",
+        {"final_layer_norm": nn.Identity, "fc1": nn.Identity, "fc2": _NoFFN},
+        {"fc1": ("out", "ffn"), "fc2": ("in", "ffn")},
+        "fc1",
     ),
 )
 _GPT2 = _Family(
@@ -267,7 +328,16 @@ _FAMILIES = {
     "MistralDecoderLayer": _LLAMA,
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
+    "SmolLM3DecoderLayer": _LLAMA,
+    "Phi3DecoderLayer": _PHI3,
+    "Gemma2DecoderLayer": _GEMMA,
+    "Gemma3DecoderLayer": _GEMMA,
+    "Olmo2DecoderLayer": _OLMO2,
+    "MixtralDecoderLayer": _LLAMA,
+    "Qwen3MoeDecoderLayer": _LLAMA,
     "GPT2Block": _GPT2,
+    "GPTNeoXLayer": _NEOX,
+    "OPTDecoderLayer": _OPT,
     "BertLayer": _BERT,
     "RobertaLayer": _BERT,
     "XLMRobertaLayer": _BERT,
@@ -364,7 +434,9 @@ def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None
             raise ValueError(f"`prunekit.per_layer_config.{key}` is not understood: {sorted(wrong) or 'no such block'}")
         block = blocks[int(key)]
         _narrow_heads(block, layer, config)
-        if "intermediate_size" in layer:
+        if "num_local_experts" in layer or hasattr(getattr(block, "mlp", None), "experts"):
+            _narrow_experts(block, layer)
+        elif "intermediate_size" in layer:
             _narrow_ffn(block, layer["intermediate_size"])
         for name in skipped:
             skip(block, SKIPS[name])
@@ -383,8 +455,13 @@ def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transforme
     if (new_heads, new_kv) == (heads, kv):
         return
     attention = _sublayer(block, "attention")
-    _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv)})
-    core = block.get_submodule(attention.counts)
+    if not attention.linears:
+        raise ValueError(f"the heads of a `{type(block).__name__}` share a norm: none can go")
+    qkv = (new_heads + 2 * new_kv, heads + 2 * kv)
+    _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv), "qkv": qkv})
+    core: Any = block.get_submodule(attention.counts)
+    if "qkv" in (unit for _, unit in attention.linears.values()):
+        core.config = _OwnNumbers(core.config, num_attention_heads=new_heads)
     counts = dict.fromkeys(("num_attention_heads", "num_heads", "n_heads"), new_heads) | {"num_key_value_heads": new_kv}
     counts["num_key_value_groups"] = new_heads // new_kv
     for name in ("split_size", "all_head_size"):
@@ -411,12 +488,33 @@ class _OwnHeads:
 def _narrow_ffn(block: nn.Module, new: int) -> None:
     """Gives a block's FFN so many neurons."""
     ffn = _sublayer(block, "ffn")
-    last = block.get_submodule(next(path for path, (side, _) in ffn.linears.items() if side == "in"))
+    last = block.get_submodule(list(ffn.linears)[-1])
     neurons = last.weight.shape[_dim(last, "in")]
     if not 0 < new <= neurons:
         raise ValueError(f"a block cannot have {new} neurons, the model has {neurons}")
     _narrow_linears(block, ffn, {"ffn": (new, neurons)})
     _set_counts(block.get_submodule(ffn.counts), {"intermediate_size": new})
+
+
+def _narrow_experts(block: nn.Module, layer: Mapping[str, Any]) -> None:
+    """Gives a block so many experts, of so many neurons each; transformers keeps them in one tensor."""
+    mlp: Any = getattr(block, "mlp", None)
+    if not hasattr(mlp, "experts"):
+        raise ValueError(f"a `{type(block).__name__}` without experts cannot have {layer['num_local_experts']}")
+    experts, router = mlp.experts, mlp.gate
+    count, old = layer.get("num_local_experts", experts.num_experts), experts.num_experts
+    new, neurons = layer.get("intermediate_size", experts.intermediate_dim), experts.intermediate_dim
+    if not router.top_k <= count <= old or not 0 < new <= neurons:
+        raise ValueError(f"a block cannot have {count} experts of {new} neurons, the model has {old} of {neurons}")
+    if (count, new) == (old, neurons):
+        return
+    shapes = {"gate_up_proj": (count, 2 * new), "down_proj": (count, experts.hidden_dim, new)}
+    for name, shape in shapes.items():
+        weight = getattr(experts, name).detach()[tuple(slice(size) for size in shape)]
+        setattr(experts, name, nn.Parameter(weight.clone()))
+    router.weight = nn.Parameter(router.weight.detach()[:count].clone())
+    router.num_experts = experts.num_experts = count
+    experts.intermediate_dim = new
 
 
 def _narrow_linears(block: nn.Module, sublayer: _SubLayer, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -495,6 +593,15 @@ class _Pruned:
         if base is self or not isinstance(base, _Pruned):
             _apply_plan(base, self.config)  # type: ignore[attr-defined]
 
+    # transformers looks for these in the text of the file that a class is from, which here is not the stock one.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return bool(cls.__bases__[1]._can_set_attn_implementation())  # type: ignore[attr-defined]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls.__bases__[1]._can_set_experts_implementation())  # type: ignore[attr-defined]
+
 
 def __getattr__(name: str) -> Any:
     """Heterogeneous class of that name; with the first one of a family all of the family's are made."""
@@ -523,15 +630,15 @@ def _make_classes(model_type: str) -> None:
         stock, auto = getattr(transformers, name.removeprefix("Prunekit")), auto_class(name)
         cls = _make(name, (_Pruned, stock), {"config_class": config, "_auto_class": auto})
         getattr(transformers, auto).register(config, cls, exist_ok=True)
-        _rename_as(name, stock.__name__)
-    _rename_as(config.model_type, model_type)
+        _rename(stock.__name__, name)
+    _rename(model_type, config.model_type)
 
 
-def _rename_as(ours: str, stock: str) -> None:
-    """Tensors of a class or a model type are renamed while loading as those of the stock one."""
+def _rename(stock: str, own: str) -> None:
+    """What transformers does to tensors of a stock class or model type while loading, for ours too."""
     renaming = get_checkpoint_conversion_mapping(stock)
     if renaming is not None:
-        register_checkpoint_conversion_mapping(ours, renaming, overwrite=True)
+        register_checkpoint_conversion_mapping(own, renaming, overwrite=True)
 
 
 def _make(name: str, bases: tuple[type, ...], members: Mapping[str, Any]) -> Any:

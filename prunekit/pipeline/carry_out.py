@@ -170,15 +170,13 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     Args:
         dense: changed on the way; not to be used afterwards.
     """
-    import torch
-
     from prunekit.export.verify import make_reference
-    from prunekit.modeling.load import load_tokenizer
+    from prunekit.modeling.load import load_tokenizer, to_float64
     from prunekit.modeling.modeling_prunekit import blocks_of, skip
 
     if made.plan.keep or made.before.params > _REFERENCE_PARAMS:
         return None
-    dense = dense.to("cpu", torch.float64)
+    dense = to_float64(dense)
     for address in made.plan.drop:
         _, number, kind = address.split(".")
         skip(blocks_of(dense)[int(number)], kind)

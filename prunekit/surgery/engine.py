@@ -13,6 +13,7 @@ from prunekit.checkpoint.writer import OutTensor, Stored, disk_errors, write_wei
 from prunekit.core.errors import SurgeryError
 from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.plan.cost import kept_experts
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView, SubLayer, TensorRef
@@ -59,7 +60,7 @@ def apply(
     config = cut_config(view, plan, layout)
     source = view.checkpoint.folder
     others = model_files(source)
-    tensors = sorted(_tensors(view, cuts, layout), key=lambda pair: _place(view, pair[0]))
+    tensors = sorted(_tensors(view, plan, cuts, layout), key=lambda pair: _place(view, pair[0]))
     write_weights(folder, [tensor for _, tensor in tensors], max_shard_bytes, progress)
     with disk_errors(folder):
         write_json(folder / "config.json", config)
@@ -88,18 +89,24 @@ def _placed(view: ModelView, layout: Layout) -> Iterator[tuple[int, SubLayer]]:
         yield from ((new, sublayer) for sublayer in parts if sublayer is not None)
 
 
-def _tensors(view: ModelView, cuts: Mapping[str, Keep], layout: Layout) -> Iterator[tuple[TensorRef, OutTensor]]:
+def _tensors(
+    view: ModelView, plan: Plan, cuts: Mapping[str, Keep], layout: Layout
+) -> Iterator[tuple[TensorRef, OutTensor]]:
     """Every tensor of the result beside the one it comes from."""
     for ref in view.outer:
         yield ref, OutTensor(ref.name, ref.dtype, ref.shape, _stored(view, ref))
     for new, sublayer in _placed(view, layout):
         sizes, keep = view.sizes(sublayer), cuts.get(sublayer.address, {})
+        experts = kept_experts(sublayer, plan)
         for ref in sublayer.tensors:
+            if ref.expert is not None and ref.expert not in experts:
+                continue
             shape = cut_shape(ref.shape, ref.layout, sizes, keep)
             content: Stored | Callable[[], Iterator[Tensor]] = _stored(view, ref)
             if any(axis in keep for dim in ref.layout for axis in dim):
                 content = partial(cut_pieces, view.checkpoint, ref, sizes, keep)
-            yield ref, OutTensor(view.renamed(ref.name, new), ref.dtype, shape, content)
+            expert = None if ref.expert is None else experts[ref.expert]
+            yield ref, OutTensor(view.arch.renumbered(ref.name, new, expert), ref.dtype, shape, content)
 
 
 def _stored(view: ModelView, ref: TensorRef) -> Stored:

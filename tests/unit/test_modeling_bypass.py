@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunekit.modeling.modeling_prunekit import blocks_of, bypass, present, skip
 from tests.heterogeneous import without
-from tests.tiny import BLOCKS, FAMILIES, tiny_inputs, tiny_model
+from tests.tiny import BLOCKS, FAMILIES, PARALLEL, tiny_inputs, tiny_model
 
 
 def inputs_of(block: nn.Module, model: Any, family: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -29,7 +29,7 @@ def hidden_states(returned: Any) -> Tensor:
     return returned[0] if isinstance(returned, tuple) else returned
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PARALLEL])
 def test_attention_then_ffn_is_the_block_bit_for_bit(family: str) -> None:
     model = tiny_model(family)
     block = blocks_of(model)[1]
