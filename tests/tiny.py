@@ -42,6 +42,9 @@ _SEEING = {
     },
     "image_token_id": 2,
 }
+_IMAGES = {"image_size": 16, "patch_size": 8}
+_MODERNBERT_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "cls_token_id": 2, "sep_token_id": 1}
+_TOWER_IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
 _EVERY_OTHER = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 # Family: configuration class, model class, arguments.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -144,13 +147,39 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "bert": ("BertConfig", "BertModel", {**_ENCODER, "vocab_size": VOCAB, "max_position_embeddings": 128}),
-    "vit": (
-        "ViTConfig",
-        "ViTForImageClassification",
-        {**_ENCODER, "image_size": 16, "patch_size": 8, "num_labels": 5},
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", {**_ENCODER, "vocab_size": VOCAB}),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaModel", {**_ENCODER, "vocab_size": VOCAB}),
+    "mpnet": ("MPNetConfig", "MPNetModel", {**_ENCODER, "vocab_size": VOCAB}),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertForMaskedLM",
+        {"vocab_size": VOCAB, "dim": HIDDEN, "hidden_dim": FFN, "n_layers": BLOCKS, "n_heads": HEADS},
+    ),
+    "electra": ("ElectraConfig", "ElectraForPreTraining", {**_ENCODER, "vocab_size": VOCAB, "embedding_size": 16}),
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        {**_ENCODER, **_MODERNBERT_IDS, "vocab_size": VOCAB, "local_attention": 4},
+    ),
+    "vit": ("ViTConfig", "ViTForImageClassification", {**_ENCODER, **_IMAGES, "num_labels": 5}),
+    "deit": ("DeiTConfig", "DeiTForImageClassification", {**_ENCODER, **_IMAGES, "num_labels": 5}),
+    "dinov2": ("Dinov2Config", "Dinov2Model", {**_ENCODER, **_IMAGES, "mlp_ratio": 2}),
+    "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel", {**_ENCODER, **_IMAGES}),
+    "clip_text_model": ("CLIPTextConfig", "CLIPTextModel", {**_ENCODER, **_TOWER_IDS}),
+    "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel", {**_ENCODER, **_IMAGES}),
+    "siglip_text_model": ("SiglipTextConfig", "SiglipTextModel", {**_ENCODER, **_TOWER_IDS}),
+    "videomae": (
+        "VideoMAEConfig",
+        "VideoMAEForVideoClassification",
+        {**_ENCODER, **_IMAGES, "num_frames": 4, "num_labels": 5},
     ),
 }
-DECODERS = tuple(family for family in FAMILIES if family not in ("bert", "vit"))
+IMAGE_MODELS = ("vit", "deit", "dinov2", "clip_vision_model", "siglip_vision_model", "videomae")
+# FFN neurons where they are not FFN.
+NEURONS = {"dinov2": 2 * HIDDEN}
+ENCODERS = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "electra", "modernbert")
+TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
+DECODERS = tuple(family for family in FAMILIES if family not in (*ENCODERS, *TEXT_TOWERS, *IMAGE_MODELS))
 # Several query heads to a key and value.
 GROUPED = tuple(family for family in DECODERS if family not in ("gpt2", "gpt_neox", "opt"))
 # A language model inside a model that sees.
@@ -205,6 +234,16 @@ def write_tiny(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
 def tiny_inputs(family: str, batch: int = 2, length: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:
     """Inputs of a family: token ids, or pixels as float64."""
     generator = torch.Generator().manual_seed(seed)
-    if family == "vit":
-        return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator, dtype=torch.float64)}
+    if family in IMAGE_MODELS:
+        frames = [4] if family == "videomae" else []
+        return {"pixel_values": torch.randn(batch, *frames, 3, 16, 16, generator=generator, dtype=torch.float64)}
     return {"input_ids": torch.randint(3, VOCAB, (batch, length), generator=generator)}
+
+
+def dinov2_linears() -> tuple[str, ...]:
+    """Names of layers in DINOv2's attention: queries, keys, values, output; transformers 5.17 has others."""
+    from transformers.models.dinov2 import modeling_dinov2
+
+    if hasattr(modeling_dinov2, "Dinov2SelfAttention"):
+        return (*(f"attention.attention.{part}" for part in ("query", "key", "value")), "attention.output.dense")
+    return tuple(f"attention.{part}_proj" for part in "qkvo")

@@ -19,6 +19,8 @@ KINDS = ("attention", "ffn")
 # Relative to the largest logit: two orders of the same sums differ by 1e-6 in float32 and 1e-2 in bfloat16.
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _PROBE_TOKENS = 8
+# Blocks that return a tuple, the hidden states first.
+_TUPLES = ("MPNetLayer",)
 _PLAIN = (type(None), bool, int, float, str)
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -75,6 +77,7 @@ class Stack:
                 why="attention and FFN of a block read the same stream (`use_parallel_residual`)",
                 hint="use a score that needs no data, such as gardener or magnitude",
             )
+        self._tuples = type(self._blocks[0]).__name__ in _TUPLES
         self._units = tuple((b, k) for b, block in enumerate(self._blocks) for k in KINDS if present(block, k))
         self._sublayers = tuple(_alone(self._blocks[number], kind) for number, kind in self._units)
         self.addresses: tuple[str, ...] = tuple(f"blocks.{block}.{kind}" for block, kind in self._units)
@@ -106,7 +109,7 @@ class Stack:
         args, kwargs = self._calls(state, hidden.shape[0])[self._units[i][0]]
         with torch.no_grad():
             found: Tensor = self._sublayers[i](hidden, *args, **kwargs)
-        return found
+        return found[0] if self._tuples else found
 
     def projection(self, i: int) -> tuple[Tensor, Tensor | None]:
         """Weight [hidden, width] and bias [hidden] of the output projection of `addresses[i]`.
@@ -247,13 +250,13 @@ class Stack:
         entered: list[Tensor] = []
         calls: list[_Call] = []
 
-        def record(*args: Any, **kwargs: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             entered.append(hidden)
             calls.append((rest, kwargs))
             if len(calls) == len(self._blocks):
                 raise _Reached
-            return hidden
+            return self._returned(hidden)
 
         with _replaced(dict.fromkeys(self._blocks, record)):
             self._forward(inputs)
@@ -284,7 +287,11 @@ class Stack:
 
     def _passing(self, hidden: Tensor) -> dict[torch.nn.Module, Callable[..., Any]]:
         """Blocks that do nothing, but the last gives `hidden`, whatever comes in."""
-        return dict.fromkeys(self._blocks, lambda *args, **kwargs: hidden)
+        return dict.fromkeys(self._blocks, lambda *args, **kwargs: self._returned(hidden))
+
+    def _returned(self, hidden: Tensor) -> Tensor | tuple[Tensor]:
+        """Hidden states as a block returns them."""
+        return (hidden,) if self._tuples else hidden
 
     def _forward(
         self,

@@ -13,6 +13,9 @@ from torch.nn.functional import cosine_similarity
 from prunekit.core.errors import EvaluationError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 
+# Ends of the model types, stock and heterogeneous, whose positions are patches only.
+_WITHOUT_CLS = ("siglip_vision_model", "videomae")
+
 
 @dataclass(frozen=True)
 class EmbeddingResult:
@@ -61,7 +64,7 @@ def feature_cosine(
 ) -> EmbeddingResult:
     """Compares the logits of two models, or the last hidden state of the first position (CLS) where there are none.
 
-    Meant for vision models; arguments as `embedding_cosine`.
+    Meant for vision models, those without a CLS by the mean over positions; arguments as `embedding_cosine`.
     """
     return _compare(model_a, model_b, batch, batch_size, progress, pooled=False)
 
@@ -100,7 +103,10 @@ def _pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def _answer(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     output = model(**_on(model, batch))
     logits = getattr(output, "logits", None)
-    found: Tensor = logits if logits is not None else output.last_hidden_state[:, 0]
+    if logits is None:
+        hidden = output.last_hidden_state
+        logits = hidden.mean(dim=1) if model.config.model_type.endswith(_WITHOUT_CLS) else hidden[:, 0]
+    found: Tensor = logits
     return found.double().cpu().flatten(1)
 
 

@@ -116,8 +116,10 @@ def _inputs(model: Any, batch: int, prompt_tokens: int) -> tuple[dict[str, Tenso
     if model.main_input_name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
-        pixels = torch.randn(batch, config.num_channels, size, size, generator=generator)
-        return {"pixel_values": pixels.to(model.device, model.dtype)}, (size // patch) ** 2
+        frames = getattr(config, "num_frames", None)
+        shape = (config.num_channels, size, size) if frames is None else (frames, config.num_channels, size, size)
+        pixels = torch.randn(batch, *shape, generator=generator).to(model.device, model.dtype)
+        return {"pixel_values": pixels}, (size // patch) ** 2 * (frames or 1) // getattr(config, "tubelet_size", 1)
     ids = torch.randint(0, config.get_text_config().vocab_size, (batch, prompt_tokens), generator=generator)
     return {"input_ids": ids.to(model.device)}, prompt_tokens
 

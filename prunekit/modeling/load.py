@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import CheckpointError
 from prunekit.modeling.families import PREFIX
 from prunekit.modeling.quiet import quiet
+from prunekit.structure.architecture import architectures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,7 +130,11 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
     """Class with `from_pretrained`."""
     import transformers
 
-    name = next(iter(config.get("architectures") or ()), None)
+    arch = architectures().get(str(config.get("model_type", "")).removeprefix("prunekit_"))
+    named = config.get("architectures") or ()
+    if arch is not None and not arch.decoder:
+        named = arch.classes(config, Checkpoint.open(folder).tensors)
+    name = next(iter(named), None)
     source: Any = transformers
     if str(config.get("model_type", "")).startswith("prunekit_"):
         from prunekit.modeling import modeling_prunekit

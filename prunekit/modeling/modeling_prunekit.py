@@ -9,6 +9,7 @@ which is why it imports nothing but torch and transformers and is longer than ot
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,24 @@ CLASSES = {
     "smolvlm": "SmolVLM Config Model ForConditionalGeneration",
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
     "ForTokenClassification",
+    "roberta": "Roberta Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification ForTokenClassification",
+    "xlm-roberta": "XLMRoberta Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
+    "electra": "Electra Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
+    "mpnet": "MPNet Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification ForTokenClassification",
+    "distilbert": "DistilBert Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
+    "modernbert": "ModernBert Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
     "vit": "ViT Config Model ForImageClassification",
+    "deit": "DeiT Config Model ForImageClassification",
+    "dinov2": "Dinov2 Config Model ForImageClassification",
+    "videomae": "VideoMAE Config Model ForVideoClassification",
+    "clip_vision_model": "CLIPVision Config Model",
+    "clip_text_model": "CLIPText Config Model",
+    "siglip_vision_model": "SiglipVision Config Model",
+    "siglip_text_model": "SiglipText Config Model",
 }
 # What Linear and Conv1D call their two sizes.
 _SIDES = {"out": ("out_features", "nf"), "in": ("in_features", "nx")}
@@ -58,9 +76,9 @@ class _NoAttention(nn.Module):
 
 
 class _NoFFN(nn.Module):
-    """FFN that adds nothing to the residual stream."""
+    """FFN, or attention that returns nothing besides, that adds nothing to the residual stream."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states.new_zeros(())
 
 
@@ -100,12 +118,14 @@ class _SubLayer:
             heads and twice KV heads.
         counts: module that holds head counts as attributes.
         fixed: why no head can go, "" where some can.
+        shared: module, and the argument of its forward that has an entry for each head and is the same for all blocks.
     """
 
     swaps: Mapping[str, type[nn.Module]]
     linears: Mapping[str, tuple[str, str]]
     counts: str
     fixed: str = ""
+    shared: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +241,96 @@ _VIT = _Family(
         {"layernorm_after": nn.Identity, "mlp": _NoFFN}, {"mlp.fc1": ("out", "ffn"), "mlp.fc2": ("in", "ffn")}, "mlp"
     ),
 )
+_MPNET = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"attention": _SameAttention},
+        {
+            "attention.attn.q": ("out", "heads"),
+            "attention.attn.k": ("out", "heads"),
+            "attention.attn.v": ("out", "heads"),
+            "attention.attn.o": ("in", "heads"),
+        },
+        "attention.attn",
+        shared=("attention", "position_bias"),
+    ),
+    _BERT.ffn,
+)
+_DISTILBERT = _Family(
+    "transformer.layer",
+    _SubLayer(
+        {"attention": _NoAttention, "sa_layer_norm": nn.Identity},
+        {
+            "attention.q_lin": ("out", "heads"),
+            "attention.k_lin": ("out", "heads"),
+            "attention.v_lin": ("out", "heads"),
+            "attention.out_lin": ("in", "heads"),
+        },
+        "attention",
+    ),
+    _SubLayer(
+        {"ffn": _NoFFN, "output_layer_norm": nn.Identity},
+        {"ffn.lin1": ("out", "ffn"), "ffn.lin2": ("in", "ffn")},
+        "ffn",
+    ),
+)
+_MODERNBERT = _Family(
+    "layers",
+    _SubLayer(
+        {"attn_norm": nn.Identity, "attn": _NoAttention},
+        {"attn.Wqkv": ("out", "heads"), "attn.Wo": ("in", "heads")},
+        "attn",
+    ),
+    _SubLayer({"mlp_norm": nn.Identity, "mlp": _NoFFN}, {"mlp.Wi": ("out", "ffn"), "mlp.Wo": ("in", "ffn")}, "mlp"),
+)
+_DINOV2 = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"norm1": nn.Identity, "attention": _NoAttention, "layer_scale1": nn.Identity},
+        _VIT.attention.linears,
+        "attention",
+    ),
+    _SubLayer({"norm2": nn.Identity, "mlp": _NoFFN, "layer_scale2": nn.Identity}, _VIT.ffn.linears, "mlp"),
+)
+_SPLIT_ATTENTION = {
+    "attention.attention.query": ("out", "heads"),
+    "attention.attention.key": ("out", "heads"),
+    "attention.attention.value": ("out", "heads"),
+    "attention.output.dense": ("in", "heads"),
+}
+# As transformers before 5.2x has it, in two modules.
+_OLDER_DINOV2 = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"norm1": nn.Identity, "attention": _NoFFN, "layer_scale1": nn.Identity},
+        _SPLIT_ATTENTION,
+        "attention.attention",
+    ),
+    _DINOV2.ffn,
+)
+_VIDEOMAE = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"layernorm_before": nn.Identity, "attention": _NoFFN},
+        _SPLIT_ATTENTION,
+        "attention.attention",
+    ),
+    _SubLayer({"layernorm_after": nn.Identity, **_BERT.ffn.swaps}, _BERT.ffn.linears, "intermediate"),
+)
+_CLIP = _Family(
+    "encoder.layers",
+    _SubLayer(
+        {"layer_norm1": nn.Identity, "self_attn": _NoAttention},
+        {
+            "self_attn.q_proj": ("out", "heads"),
+            "self_attn.k_proj": ("out", "heads"),
+            "self_attn.v_proj": ("out", "heads"),
+            "self_attn.out_proj": ("in", "heads"),
+        },
+        "self_attn",
+    ),
+    _SubLayer({"layer_norm2": nn.Identity, "mlp": _NoFFN}, _VIT.ffn.linears, "mlp"),
+)
 # By the stock class of a block, so that a block alone tells its family.
 _FAMILIES = {
     "LlamaDecoderLayer": _LLAMA,
@@ -239,8 +349,21 @@ _FAMILIES = {
     "GPTNeoXLayer": _NEOX,
     "OPTDecoderLayer": _OPT,
     "BertLayer": _BERT,
+    "RobertaLayer": _BERT,
+    "XLMRobertaLayer": _BERT,
+    "ElectraLayer": _BERT,
+    "MPNetLayer": _MPNET,
+    "TransformerBlock": _DISTILBERT,
+    "ModernBertEncoderLayer": _MODERNBERT,
     "ViTLayer": _VIT,
+    "DeiTLayer": _VIT,
+    "Dinov2Layer": _DINOV2,
+    "VideoMAELayer": _VIDEOMAE,
+    "CLIPEncoderLayer": _CLIP,
+    "SiglipEncoderLayer": _CLIP,
 }
+# By a class that only the older module of a block's class has.
+_OLDER = {"Dinov2SelfAttention": _OLDER_DINOV2}
 # Language models inside others come last.
 _PLACES = (*dict.fromkeys(family.blocks for family in _FAMILIES.values()), "language_model.layers", "text_model.layers")
 
@@ -319,6 +442,8 @@ def bypass(block: nn.Module, kind: str) -> Callable[[], None]:
 
 def _sublayer(block: nn.Module, kind: str) -> _SubLayer:
     family = _FAMILIES.get(type(block).__name__)
+    module = sys.modules[type(block).__module__]
+    family = next((older for name, older in _OLDER.items() if hasattr(module, name)), family)
     if family is None or kind not in ("attention", "ffn"):
         raise ValueError(f"`{kind}` of a `{type(block).__name__}` is not known")
     return family.attention if kind == "attention" else family.ffn
@@ -331,8 +456,9 @@ def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None
     if layers and section.get("schema") != SCHEMA:
         raise ValueError(f"`prunekit` of the configuration has schema {section.get('schema')}, known is {SCHEMA}")
     blocks, config = blocks_of(model), config.get_text_config()
+    numbers = ("kept_heads",) if _sublayer(blocks[0], "attention").shared else ()
     for key, layer in layers.items():
-        skipped, wrong = layer.get("skip", ()), set(layer) - {"skip", *WIDTHS}
+        skipped, wrong = layer.get("skip", ()), set(layer) - {"skip", *WIDTHS, *numbers}
         wrong |= set(skipped) - set(SKIPS)
         if wrong or not 0 <= int(key) < len(blocks):
             raise ValueError(f"`prunekit.per_layer_config.{key}` is not understood: {sorted(wrong) or 'no such block'}")
@@ -366,11 +492,27 @@ def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transforme
     core: Any = block.get_submodule(attention.counts)
     if "qkv" in (unit for _, unit in attention.linears.values()):
         core.config = _OwnNumbers(core.config, num_attention_heads=new_heads)
-    counts = {"num_attention_heads": new_heads, "num_heads": new_heads, "num_key_value_heads": new_kv}
+    counts = dict.fromkeys(("num_attention_heads", "num_heads", "n_heads"), new_heads) | {"num_key_value_heads": new_kv}
     counts["num_key_value_groups"] = new_heads // new_kv
     for name in ("split_size", "all_head_size"):
         counts[name] = getattr(core, name, 0) * new_heads // heads
     _set_counts(core, counts)
+    if attention.shared:
+        place, argument = attention.shared
+        own = _OwnHeads(argument, layer.get("kept_heads", ()), new_heads)
+        block.get_submodule(place).register_forward_pre_hook(own, with_kwargs=True)
+
+
+class _OwnHeads:
+    """Before a forward, leaves of an argument that blocks share [batch, heads, ...] the heads that a block has."""
+
+    def __init__(self, argument: str, numbers: Sequence[int], heads: int) -> None:
+        if len(numbers) != heads:
+            raise ValueError(f"`kept_heads` must name the {heads} heads that a block has left, it is {list(numbers)}")
+        self.argument, self.numbers = argument, list(numbers)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, self.argument: kwargs[self.argument][:, self.numbers]}
 
 
 def _narrow_ffn(block: nn.Module, new: int) -> None:
@@ -436,7 +578,7 @@ def _compact_cache(blocks: nn.ModuleList, config: transformers.PreTrainedConfig)
     attention is left at all nothing counts tokens: `generate` passes positions on, other callers of GPT-2 have to.
     """
     kept = [present(block, "attention") for block in blocks]
-    if all(kept) or not any(kept):
+    if all(kept) or not any(kept) or not hasattr(config, "use_cache"):
         return
     listed = getattr(config, "layer_types", None)
     types, slots = cache_slots(listed or [""] * len(blocks), kept)

@@ -38,7 +38,7 @@ def model_batch(view: ModelView, tokenizer: Any, data: Calibrate | Embedding, se
         size, channels = view.config["image_size"], view.config.get("num_channels", 3)
         if not isinstance(size, int):
             raise UsageError("only square images are known here", why=f"`image_size` is {size}")
-        return image_batch(data.data, data.sequences, channels, size, seed)
+        return image_batch(data.data, data.sequences, channels, size, seed, view.config.get("num_frames"))
     if kind == "sentences":
         return sentence_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)
     return {"input_ids": token_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)}

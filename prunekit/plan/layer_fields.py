@@ -22,6 +22,8 @@ _TIES = {
 _RULES = ("sliding_window_pattern", "no_rope_layer_interval", "mlp_only_layers")
 # What transformers takes where a configuration with `use_sliding_window` does not say it.
 _MAX_WINDOW_LAYERS = 28
+# Key that says every how many blocks attention has no window, and what transformers takes where it is missing.
+_EVERY = {"modernbert": ("global_attn_every_n_layers", 3)}
 # Modules that a quantised checkpoint left as they were.
 _SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules")
 
@@ -38,7 +40,9 @@ def refusal(view: ModelView, sources: Sources) -> str:
         return ""
     if view.text.get("scale_attn_by_inverse_layer_idx") and any(a != i for i, (a, _) in enumerate(sources)):
         return "`scale_attn_by_inverse_layer_idx` ties a block's scale to its number"
-    return _unknown_rule(view) or _unknown_list(view) or _unmovable_module(view, sources)
+    if view.arch.first_attention_stays and sources[0][0]:
+        return "the stock class has no norm before its first attention, others have"
+    return _stages(view) or _unknown_rule(view) or _unknown_list(view) or _unmovable_module(view, sources)
 
 
 def follow(view: ModelView, sources: Sources) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,6 +57,10 @@ def follow(view: ModelView, sources: Sources) -> tuple[dict[str, Any], dict[str,
         for key, kind in view.arch.lists.items()
         if key in lists
     }
+    if view.model_type in _EVERY:
+        changed[_EVERY[view.model_type][0]] = _every(changed["layer_types"])
+    if "stage_names" in text and len(sources) != len(view.blocks):
+        changed |= dict.fromkeys(("stage_names", "out_indices", "out_features"))
     full = text.get("max_window_layers")
     if isinstance(full, int):
         changed["max_window_layers"] = sum(a < full for a, _ in sources)
@@ -73,12 +81,33 @@ def explicit_lists(view: ModelView) -> dict[str, list[Any]]:
     periodic = view.arch.periodic.get(view.model_type, {})
     for key, rule in periodic.items():
         lists.setdefault(key, rule.entries(text, len(view.blocks)))
+    if view.model_type in _EVERY and not lists.get("layer_types"):
+        every = text.get(*_EVERY[view.model_type])
+        kinds = ("full_attention", "sliding_attention")
+        lists["layer_types"] = [kinds[i % every > 0] for i in range(len(view.blocks))]
     windowed = "layer_types" in view.arch.lists and text.get("use_sliding_window")
     if windowed and not periodic and not lists.get("layer_types"):
         first = text.get("max_window_layers", _MAX_WINDOW_LAYERS)
         names = ("full_attention", "sliding_attention")
         lists["layer_types"] = [names[block.index >= first] for block in view.blocks]
     return lists
+
+
+def _every(types: list[str]) -> int:
+    """Every how many blocks attention has no window, for transformers 4, which reads this number and not the list.
+
+    0 where no number says it: transformers 4 then fails instead of computing something else.
+    """
+    windowed = [kind == "sliding_attention" for kind in types]
+    numbers = range(1, len(types) + 1)
+    return next((n for n in numbers if windowed == [i % n > 0 for i in range(len(types))]), 0)
+
+
+def _stages(view: ModelView) -> str:
+    """A vision backbone names blocks that it hands out; the default, its last one, follows by itself."""
+    given = view.text.get("out_indices")
+    inner = "stage_names" in view.text and given not in (None, [len(view.blocks)])
+    return f"`out_indices` {given} would name other blocks" if inner else ""
 
 
 def _unknown_rule(view: ModelView) -> str:

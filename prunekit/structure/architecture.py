@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,8 +67,9 @@ class Architecture:
             where the sum is normalised; `parallel` where both sub-layers of a block read the same stream.
         norm_by: a configuration key, and the `norm` where it is true or missing and where it is false; or nothing.
         decoder: whether it keeps keys and values of earlier tokens.
-        keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn, and for
-            experts: experts, active_experts, dense_ffn. Several names, apart by a space, are tried in order.
+        keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn, or
+            ffn_multiple where it gives the FFN's width as a multiple of the hidden width, and for experts: experts,
+            active_experts, dense_ffn. Several names, apart by a space, are tried in order.
         section: key of the configuration's part that describes the blocks, "" where the whole does; a configuration
             without that part does so itself.
         defaults: by model type of that part, what holds where it does not say.
@@ -77,6 +78,8 @@ class Architecture:
         sparse: keys of the blocks without experts: `dense` for their numbers, `step` for how often a block has experts.
         stock_widths: width kinds that a stock configuration can say when all blocks are alike.
         fixed: width kinds that cannot be cut, and why: what is left would compute something else.
+        shared_heads: whether a tensor outside blocks has an entry for each head, so that heads keep their numbers.
+        first_attention_stays: whether the first attention differs from the others and cannot be another one.
         block: pattern of tensor names up to the block's number.
         sublayers: tensors of `attention`, `ffn` and `dense_ffn` (that of blocks without experts in a model that has
             them) by the name after the block's number; `{expert}` stands for an expert's number, and the last matrix of
@@ -102,6 +105,8 @@ class Architecture:
     sparse: Mapping[str, str]
     stock_widths: tuple[str, ...]
     fixed: Mapping[str, str]
+    shared_heads: bool
+    first_attention_stays: bool
     block: str
     sublayers: Mapping[str, Mapping[str, Pattern]]
     outer: Mapping[str, Pattern]
@@ -151,6 +156,18 @@ class Architecture:
     def output_projection(self, kind: str) -> str:
         """Name after the block's number of the matrix that leads from heads or neurons to the residual stream."""
         return [name for name, pattern in self.sublayers[kind].items() if len(pattern.layout or ()) == 2][-1]
+
+    def classes(self, config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+        """Names of a checkpoint's classes: the configuration's, or the base model's where an encoder's files hold that.
+
+        Sentence encoders are often saved without the head that their configuration goes on to name. Tensors of a base
+        model have names without its prefix, which is the optional part that a block's pattern begins with.
+        """
+        named = list(config.get("architectures") or ())
+        bare = self.block.rpartition(")?")[2]
+        if self.decoder or not any(re.match(bare, name) for name in names):
+            return named
+        return [re.sub(r"For[A-Z]\w*$", "Model", name) for name in named]
 
     def find_outer(self, name: str) -> Pattern | None:
         """What a tensor outside blocks is; None where the architecture does not know it."""
@@ -215,6 +232,8 @@ _OPTIONAL: dict[str, Any] = {
     "table": "",
     "projection": "",
     "tied": [],
+    "shared_heads": False,
+    "first_attention_stays": False,
 }
 
 
@@ -240,6 +259,8 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         sparse=data["sparse"],
         stock_widths=tuple(data["stock_widths"]),
         fixed=data["fixed"],
+        shared_heads=data["shared_heads"],
+        first_attention_stays=data["first_attention_stays"],
         block=data["block"],
         sublayers={kind: _patterns(data[kind]) for kind in ("attention", "ffn", "dense_ffn")},
         outer=_patterns(data["outer"]),

@@ -156,10 +156,12 @@ class ModelView:
         )
         return cls(checkpoint, arch, model_type.removeprefix(PREFIX), blocks, tuple(outer), shape.hidden, shape.usual())
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as stored."""
-        return self.checkpoint.config
+        """The configuration as stored; `architectures` names no head that the files do not hold."""
+        config = self.checkpoint.config
+        named = self.arch.classes(config, self.checkpoint.tensors)
+        return {**config, "architectures": named} if named else config
 
     @property
     def heterogeneous(self) -> bool:
@@ -180,6 +182,12 @@ class ModelView:
     def norm(self) -> Norm:
         """How sub-layers are normalised and summed, as in `Architecture`."""
         return self.arch.norm_of(self.text)
+
+    def heads_of(self, block: int) -> list[int]:
+        """Numbers that a block's heads have in the dense model; of a heterogeneous folder they may have gaps."""
+        layers = (self.config.get("prunekit") or {}).get("per_layer_config") or {}
+        numbers = next((layer.get("kept_heads") for key, layer in layers.items() if int(key) == block), None)
+        return list(numbers or range(self.widths["attention"]["kv"]))
 
     @cached_property
     def sublayers(self) -> tuple[SubLayer, ...]:
@@ -321,7 +329,7 @@ class _Shape:
         self.heads = self._number("heads")
         self.kv_heads = self._number("kv_heads", self.heads)
         self.head_width = self._number("head_width", self.hidden // self.heads)
-        self.ffn = self._number("ffn", 4 * self.hidden)
+        self.ffn = self._number("ffn", self._number("ffn_multiple", 4) * self.hidden)
         self.dense_ffn = self._number("dense_ffn", self.ffn)
         self.experts = self._number("experts") if "experts" in arch.keys else 0
         self.dense = arch.dense_blocks(self._config, self.blocks) if self.experts else frozenset(range(self.blocks))
@@ -368,6 +376,10 @@ class _Shape:
         if heads % groups:
             why = f"{heads} query heads in {groups} KV groups"
             raise StructureError(f"the heads of block {block} do not divide", why=why, at="config.json")
+        numbers = layer.get("kept_heads", range(groups))
+        if len(numbers) != groups or not set(numbers) <= set(range(self.kv_heads)):
+            why = f"`kept_heads` are {numbers}, of {self.kv_heads} heads {groups} stay"
+            raise StructureError(f"the heads of block {block} are not known", why=why, at="config.json")
         return {"kv": groups, "rep": heads // groups, "hd": self.head_width}
 
 

@@ -163,6 +163,7 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
         layer: dict[str, Any] = {"skip": gone} if gone else {}
         if attention is not None:
             layer |= _other_heads(view, view.blocks[block].attention, plan)
+            layer |= _numbered_heads(view, view.blocks[block].attention, plan)
         if ffn is not None:
             layer |= _other_ffn(view, view.blocks[block].ffn, plan)
         if layer:
@@ -181,6 +182,15 @@ def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dic
     own = {"num_key_value_heads": left["kv"], "num_attention_heads": left["kv"] * left["rep"]}
     usual = {"num_key_value_heads": view.text.get(keys.get("kv_heads", "")) or heads, "num_attention_heads": heads}
     return {key: value for key, value in own.items() if value != usual[key]}
+
+
+def _numbered_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dict[str, list[int]]:
+    """Which heads of the dense model a block has left, where blocks share a tensor with an entry for each."""
+    if attention is None or not view.arch.shared_heads:
+        return {}
+    there = view.heads_of(attention.block)
+    kept = [there[i] for i in plan.keep.get(f"{attention.address}.kv_groups", range(len(there)))]
+    return {"kept_heads": kept} if len(kept) < view.widths["attention"]["kv"] else {}
 
 
 def _other_ffn(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:

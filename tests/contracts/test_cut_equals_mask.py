@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.tiny import (
     GROUPED,
     HEAD,
     PARALLEL,
+    dinov2_linears,
     tiny_inputs,
     tiny_model,
     write_tiny,
@@ -33,7 +35,9 @@ from tests.tiny import (
 
 # float64 both times, the same sums in another order.
 TOLERANCE = 1e-10
-PRE_NORM = tuple(family for family in FAMILIES if family not in ("bert", *PARALLEL))
+BERTS = ("bert", "roberta", "xlm-roberta", "electra")
+POST_NORM = (*BERTS, "mpnet", "distilbert")
+PRE_NORM = tuple(family for family in FAMILIES if family not in (*POST_NORM, *PARALLEL))
 CUTS = ("blocks", "sublayers", "kv_groups", "query_heads", "neurons", "experts", "mixture")
 # Routers work in float32, and a sum over fewer experts rounds otherwise.
 ROUTED = 1e-5
@@ -47,7 +51,26 @@ PLACES = {
     "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2", 1),
     "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj", 0),
     "bert": ("encoder.layer", "attention.output.dense", "output.dense", 1),
+    "roberta": ("roberta.encoder.layer", "attention.output.dense", "output.dense", 1),
+    "xlm-roberta": ("encoder.layer", "attention.output.dense", "output.dense", 1),
+    "electra": ("electra.encoder.layer", "attention.output.dense", "output.dense", 1),
+    "mpnet": ("encoder.layer", "attention.attn.o", "output.dense", 1),
+    "distilbert": ("distilbert.transformer.layer", "attention.out_lin", "ffn.lin2", 1),
+    "modernbert": ("model.layers", "attn.Wo", "mlp.Wo", 1),
     "vit": ("vit.layers", "attention.o_proj", "mlp.fc2", 1),
+    "deit": ("deit.layers", "attention.o_proj", "mlp.fc2", 1),
+    "dinov2": ("encoder.layer", dinov2_linears()[3], "mlp.fc2", 1),
+    "videomae": ("videomae.encoder.layer", "attention.output.dense", "output.dense", 1),
+    **{
+        f"{tower}_model": ("encoder.layers", "self_attn.out_proj", "mlp.fc2", 1)
+        for tower in ("clip_vision", "clip_text", "siglip_vision", "siglip_text")
+    },
+}
+# Of post-norm families: the norms of both sub-layers.
+NORMS = {
+    **dict.fromkeys(BERTS, ("attention.output.LayerNorm", "output.LayerNorm")),
+    "mpnet": ("attention.LayerNorm", "output.LayerNorm"),
+    "distilbert": ("sa_layer_norm", "output_layer_norm"),
 }
 
 
@@ -89,24 +112,23 @@ def masked_outputs(family: str, view: ModelView, plan: Plan) -> torch.Tensor:
             if kind == "ffn" and hasattr(block.mlp if family in EXPERTS else block, "experts"):
                 mask_experts(block.mlp, plan, address)
             elif address in plan.drop:
-                remove(block, output, family)
+                remove(block, kind, output, family)
             else:
                 keep_inputs(block.get_submodule(output), dim, entering(view, plan, address))
     with torch.no_grad():
         return model(**tiny_inputs(family))[0]
 
 
-def remove(block: torch.nn.Module, output: str, family: str) -> None:
+def remove(block: torch.nn.Module, kind: str, output: str, family: str) -> None:
     """Takes a sub-layer's contribution out of the residual stream; with its norm where that follows the sum."""
     if not getattr(block, "do_layer_norm_before", True):
-        norm = "self_attn_layer_norm" if output.startswith("self_attn") else "final_layer_norm"
+        norm = "self_attn_layer_norm" if kind == "attention" else "final_layer_norm"
         block.get_submodule(norm).register_forward_hook(lambda _, given, __: given[0])
-    if family == "bert":
-        output_and_norm = block.get_submodule(output.removesuffix(".dense"))
-        output_and_norm.register_forward_hook(lambda _, given, __: given[1])
-        return
     for parameter in block.get_submodule(output).parameters():
         parameter.data.zero_()
+    if family in POST_NORM:
+        norm = block.get_submodule(NORMS[family][kind == "ffn"])
+        norm.register_forward_hook(lambda _, given, __: given[0])
 
 
 def mask_experts(moe: Any, plan: Plan, address: str) -> None:
@@ -250,7 +272,7 @@ def test_stock_widths_are_those_that_a_stock_model_can_have(family: str, tmp_pat
             assert (kind, choose_layout(view, plan).kind) == (kind, expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mpnet"])
 def test_cutting_twice_equals_cutting_once(family: str, tmp_path: Path) -> None:
     """The second plan is for the first one's result and counts what that has left."""
     view = ModelView.open(write_tiny(family, tmp_path / "dense"))
@@ -284,6 +306,43 @@ def test_gpt2_scale_by_block_number_survives(tmp_path: Path) -> None:
     plan = Plan.make(view, ("blocks.1.attention", "blocks.1.ffn"))
     assert cut(view, plan, tmp_path / "cut").kind == "heterogeneous"
     require_same(outputs(tmp_path / "cut", "gpt2"), masked_outputs("gpt2", view, plan))
+
+
+@pytest.mark.parametrize("every", [None, 2, 3])
+def test_modernbert_keeps_windows_where_they_were(every: int | None, tmp_path: Path) -> None:
+    """Stored configurations list the blocks with a window, or say that every so many blocks have none."""
+    dense = write_tiny("modernbert", tmp_path / "dense", num_hidden_layers=6)
+    config = json.loads((dense / "config.json").read_text())
+    if every is not None:
+        del config["layer_types"]
+        (dense / "config.json").write_text(json.dumps(config | {"global_attn_every_n_layers": every}))
+    view = ModelView.open(dense)
+    plan = Plan.make(view, ("blocks.1.ffn", "blocks.2.attention", "blocks.4.attention", "blocks.4.ffn"))
+    assert cut(view, plan, tmp_path / "cut").kind == "repacked"
+    require_same(outputs(tmp_path / "cut", "modernbert"), masked_outputs("modernbert", view, plan))
+    found = json.loads((tmp_path / "cut" / "config.json").read_text())
+    names = {"F": "full_attention", "S": "sliding_attention"}
+    assert found["layer_types"] == [names[letter] for letter in {2: "FSSS"}.get(every or 3, "FSFS")]
+    assert found["global_attn_every_n_layers"] == {2: 4}.get(every or 3, 2)
+
+
+def test_modernbert_without_its_first_attention_is_heterogeneous(tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny("modernbert", tmp_path / "dense"))
+    plan = Plan.make(view, ("blocks.0.attention", "blocks.0.ffn"))
+    layout = cut(view, plan, tmp_path / "cut")
+    assert (layout.kind, layout.reason) == (
+        "heterogeneous",
+        "the stock class has no norm before its first attention, others have",
+    )
+    require_same(outputs(tmp_path / "cut", "modernbert"), masked_outputs("modernbert", view, plan))
+
+
+def test_backbone_that_hands_out_inner_blocks_keeps_them(tmp_path: Path) -> None:
+    view = ModelView.open(write_tiny("dinov2", tmp_path / "dense", out_indices=[2, 4]))
+    plan = Plan.make(view, ("blocks.1.attention", "blocks.1.ffn"))
+    layout = cut(view, plan, tmp_path / "cut")
+    assert (layout.kind, layout.reason) == ("heterogeneous", "`out_indices` [2, 4] would name other blocks")
+    require_same(outputs(tmp_path / "cut", "dinov2"), masked_outputs("dinov2", view, plan))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

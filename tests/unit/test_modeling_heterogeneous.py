@@ -23,19 +23,45 @@ from tests.tiny import (
     HEAD,
     HEADS,
     KV_HEADS,
+    NEURONS,
+    dinov2_linears,
     tiny_inputs,
     tiny_model,
 )
 
 TOLERANCE = 1e-12
+BERTS = ("bert", "roberta", "xlm-roberta", "electra")
+TOWERS = ("clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip_text_model")
+QKV = ("query", "key", "value")
+BERT_ENDS = ("attention.output.dense", "output.dense")
+
+
+def linears(name: str, qkv: Sequence[str], first: str, ends: tuple[str, str]) -> dict[str, tuple[str, int]]:
+    """Layers of a block: what they are cut by, and the dimension of the weight."""
+    entering = dict.fromkeys((name.format(part) for part in qkv), ("heads", 0))
+    return {**entering, ends[0]: ("heads", 1), first: ("ffn", 0), ends[1]: ("ffn", 1)}
+
+
 # Last layer of each sub-layer, inside a block: zeroing what it returns, or columns of it, masks a sub-layer or a unit.
 ENDS = {
     **{family: {"attention": "self_attn.o_proj", "ffn": "mlp"} for family in EXPERTS},
     "gpt_neox": {"attention": "attention.dense", "ffn": "mlp.dense_4h_to_h"},
     "opt": {"attention": "self_attn.out_proj", "ffn": "fc2"},
     "gpt2": {"attention": "attn.c_proj", "ffn": "mlp.c_proj"},
-    "bert": {"attention": "attention.output.dense", "ffn": "output.dense"},
-    "vit": {"attention": "attention.o_proj", "ffn": "mlp.fc2"},
+    **{key: {"attention": "attention.output.dense", "ffn": "output.dense"} for key in BERTS},
+    "mpnet": {"attention": "attention.attn.o", "ffn": "output.dense"},
+    "distilbert": {"attention": "attention.out_lin", "ffn": "ffn.lin2"},
+    "modernbert": {"attention": "attn.Wo", "ffn": "mlp.Wo"},
+    **{key: {"attention": "attention.o_proj", "ffn": "mlp.fc2"} for key in ("vit", "deit")},
+    "dinov2": {"attention": dinov2_linears()[3], "ffn": "mlp.fc2"},
+    "videomae": {"attention": "attention.output.dense", "ffn": "output.dense"},
+    **{key: {"attention": "self_attn.out_proj", "ffn": "mlp.fc2"} for key in TOWERS},
+}
+# Norms behind the residual sums of attention and FFN.
+NORMS = {
+    **dict.fromkeys(BERTS, ("attention.output.LayerNorm", "output.LayerNorm")),
+    "mpnet": ("attention.LayerNorm", "output.LayerNorm"),
+    "distilbert": ("sa_layer_norm", "output_layer_norm"),
 }
 LLAMA_ENDS = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
 LLAMA_CUTS = {
@@ -72,30 +98,29 @@ CUTS = {
         "mlp.c_fc": ("ffn", 1),
         "mlp.c_proj": ("ffn", 0),
     },
-    "bert": {
-        **{f"attention.self.{name}": ("heads", 0) for name in ("query", "key", "value")},
-        "attention.output.dense": ("heads", 1),
-        "intermediate.dense": ("ffn", 0),
-        "output.dense": ("ffn", 1),
+    **dict.fromkeys(BERTS, linears("attention.self.{}", QKV, "intermediate.dense", BERT_ENDS)),
+    "mpnet": linears("attention.attn.{}", "qkv", "intermediate.dense", ("attention.attn.o", "output.dense")),
+    "distilbert": linears("attention.{}_lin", "qkv", "ffn.lin1", ("attention.out_lin", "ffn.lin2")),
+    "modernbert": {
+        "attn.Wqkv": ("parts", 0),
+        "attn.Wo": ("heads", 1),
+        "mlp.Wi": ("gate_up", 0),
+        "mlp.Wo": ("ffn", 1),
     },
-    "vit": {
-        **{f"attention.{name}_proj": ("heads", 0) for name in ("q", "k", "v")},
-        "attention.o_proj": ("heads", 1),
-        "mlp.fc1": ("ffn", 0),
-        "mlp.fc2": ("ffn", 1),
-    },
+    **dict.fromkeys(("vit", "deit"), linears("attention.{}_proj", "qkv", "mlp.fc1", ("attention.o_proj", "mlp.fc2"))),
+    "dinov2": linears("{}", dinov2_linears()[:3], "mlp.fc1", (dinov2_linears()[3], "mlp.fc2")),
+    "videomae": linears("attention.attention.{}", QKV, "intermediate.dense", BERT_ENDS),
+    **dict.fromkeys(TOWERS, linears("self_attn.{}_proj", "qkv", "mlp.fc1", ("self_attn.out_proj", "mlp.fc2"))),
 }
 
 
 def mask(block: nn.Module, family: str, kind: str) -> None:
-    """Makes a stock sub-layer add nothing; in BERT it returns what it got, as its norm is part of it."""
-    if family == "bert" and kind == "attention":
-        block.attention.register_forward_hook(lambda _module, args, _out: (args[0], None))
-    elif family == "bert":
-        block.output.register_forward_hook(lambda _module, args, _out: args[1])
-    else:
-        end = block.get_submodule(ENDS.get(family, LLAMA_ENDS)[kind])
-        end.register_forward_hook(lambda _module, _args, out: torch.zeros_like(out))
+    """Makes a stock sub-layer add nothing; where a norm follows the sum, that is out too."""
+    end = block.get_submodule(ENDS.get(family, LLAMA_ENDS)[kind])
+    end.register_forward_hook(lambda _module, _args, out: torch.zeros_like(out))
+    if family in NORMS:
+        norm = block.get_submodule(NORMS[family][kind == "ffn"])
+        norm.register_forward_hook(lambda _module, args, _out: args[0])
 
 
 def same(family: str, a: Any, b: Any) -> bool:
@@ -150,16 +175,19 @@ def cut(state: dict[str, Tensor], family: str, block: str, keep: dict[str, list[
 def test_narrower_blocks_equal_zeroed_units(family: str) -> None:
     stock = tiny_model(family)
     grouped = family in GROUPED
-    neurons = torch.randperm(FFN, generator=torch.Generator().manual_seed(0))[:40].sort().values.tolist()
+    width = NEURONS.get(family, FFN)
+    neurons = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:40].sort().values.tolist()
     # Block 1 loses a KV group with its query heads. Block 2 loses a query head of each group, elsewhere one head.
     kept = {
         1: {"heads": [2, 3], "kv": [1], "ffn": neurons},
-        2: {"heads": [0, 3] if grouped else [0, 2, 3], "kv": [0, 1], "ffn": list(range(FFN))},
+        2: {"heads": [0, 3] if grouped else [0, 2, 3], "kv": [0, 1], "ffn": list(range(width))},
     }
     layers: dict[str, Any] = {}
     for i, keep in kept.items():
         layers[f"{i:02d}"] = {"num_attention_heads": len(keep["heads"])}
         layers[f"{i:02d}"]["num_key_value_heads"] = len(keep["kv"] if grouped else keep["heads"])
+        if family == "mpnet":
+            layers[f"{i:02d}"]["kept_heads"] = keep["heads"]
     layers["01"]["intermediate_size"] = len(neurons)
     names = {module: name for name, module in stock.named_modules()}
     state = dict(stock.state_dict())

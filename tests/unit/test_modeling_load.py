@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from prunekit.core.errors import CheckpointError
 from prunekit.modeling.load import load_model, load_tokenizer
 from prunekit.modeling.modeling_prunekit import blocks_of
+from prunekit.structure.view import ModelView
 from tests.heterogeneous import heterogeneous, without
 from tests.tiny import EAGER, EXPERTS, FAMILIES, FIXED_HEADS, SEEING, tiny_inputs, tiny_model, write_tiny
 
@@ -41,19 +42,21 @@ def test_stock_folder_loads_into_its_class(family: str, tmp_path: Path) -> None:
     model = load_model(tmp_path, dtype="float64")
     assert type(model) is type(stock)
     assert not model.training
-    assert model.config._attn_implementation == "sdpa" or family in EAGER
+    assert model.config._attn_implementation == ("eager" if family == "mpnet" else "sdpa") or family in EAGER
     assert torch.equal(logits(family, model), logits(family, stock))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heterogeneous_folder_loads_and_saves_again(family: str, tmp_path: Path) -> None:
     heads = {} if family in FIXED_HEADS else {"num_attention_heads": 2, "num_key_value_heads": 2}
-    layers = {
+    layers: dict[str, dict[str, Any]] = {
         "00": {"skip": ["attention"]},
         "01": heads,
         "02": {"skip": ["mlp"]},
         "03": {"intermediate_size": 20},
     }
+    if family == "mpnet":
+        layers["01"]["kept_heads"] = [1, 3]
     first = heterogeneous(tiny_model(family), layers)
     first.save_pretrained(tmp_path / "first")
     second = load_model(tmp_path / "first", dtype="float64")
@@ -123,6 +126,19 @@ def test_folder_without_architectures_loads_its_base_model(skips: Any, tmp_path:
     (without(stock, *skips) if skips else stock).save_pretrained(tmp_path)
     change(tmp_path, architectures=None)
     assert type(load_model(tmp_path)).__name__ == ("PrunekitBertModel" if skips else "BertModel")
+
+
+@pytest.mark.parametrize("family", ["mpnet", "bert"])
+def test_sentence_encoder_saved_without_the_head_it_names_is_its_base_model(family: str, tmp_path: Path) -> None:
+    stock = tiny_model(family)
+    stock.save_pretrained(tmp_path / "dense")
+    named = type(stock).__name__.replace("Model", "ForMaskedLM")
+    change(tmp_path / "dense", architectures=[named])
+    model = load_model(tmp_path / "dense", dtype="float64")
+    assert type(model) is type(stock)
+    assert torch.equal(logits(family, model), logits(family, stock))
+    view = ModelView.open(tmp_path / "dense")
+    assert (view.config["architectures"], view.tied) == ([type(stock).__name__], False)
 
 
 def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
