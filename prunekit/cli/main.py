@@ -20,7 +20,20 @@ from prunekit.core.errors import PrunekitError, UsageError
 _FOLDER = Path(__file__).parent
 _NOT_VERBS = {"main", "docs"}
 # The order in which a person meets them; verbs not named here follow by alphabet.
-_ORDER = ("prune", "inspect", "score", "plan", "apply", "export", "verify", "recipes", "methods", "explain")
+_ORDER = (
+    "prune",
+    "inspect",
+    "score",
+    "plan",
+    "apply",
+    "export",
+    "verify",
+    "evaluate",
+    "compare",
+    "recipes",
+    "methods",
+    "explain",
+)
 _EPILOGUE = "Begin with: prunekit recipes list, then prunekit prune --recipe NAME --output DIR"
 
 

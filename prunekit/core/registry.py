@@ -56,3 +56,4 @@ class Registry:
 
 SCORES = Registry("score", "prunekit.scores")
 SEARCHES = Registry("search", "prunekit.search")
+TASKS = Registry("task", "prunekit.evaluate.tasks")

@@ -40,6 +40,7 @@ class CardFacts:
         versions: package versions.
         layer_map: file name of the map, "" for none.
         onnx: sub-folder of the ONNX files, "" for none.
+        missed: limits of the recipe that the model does not keep, as sentences.
     """
 
     title: str
@@ -57,6 +58,7 @@ class CardFacts:
     samples: Mapping[str, str] = field(default_factory=dict)
     layer_map: str = ""
     onnx: str = ""
+    missed: Sequence[str] = ()
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -86,6 +88,8 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
         tags.append("custom_code")
     if facts.onnx:
         tags.append("onnx")
+    if facts.missed:
+        tags.append("not-accepted")
     return {**block, "tags": tags}
 
 
@@ -95,6 +99,8 @@ def model_card(facts: CardFacts) -> str:
     base = metadata(facts).get("base_model")
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"`{facts.source}`"
     parts = [f"---\n{block}\n---", f"# {facts.title}", f"{origin}, made smaller by prunekit. {_LAYOUTS[facts.layout]}"]
+    if facts.missed:
+        parts += ["## Not accepted", "The recipe's limits do not hold for this model:", _bullets(facts.missed)]
     parts += ["## What was removed", _bullets(facts.removed) or "Nothing."]
     if facts.layer_map:
         parts.append(f"![which sub-layers were kept, narrowed or removed]({facts.layer_map})")

@@ -37,6 +37,7 @@ class Story:
         prompt: what the samples continue.
         notes: plain sentences under the table.
         onnx: sub-folder of the ONNX files, "" for none.
+        missed: limits of `expect` that the result does not keep, as sentences.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Story:
     prompt: str = ""
     notes: Sequence[str] = ()
     onnx: str = ""
+    missed: Sequence[str] = ()
 
 
 def write_report(folder: Path, view: ModelView, plan: Plan, story: Story) -> None:
@@ -79,6 +81,7 @@ def write_report(folder: Path, view: ModelView, plan: Plan, story: Story) -> Non
         versions=versions(),
         layer_map=LAYER_MAP,
         onnx=story.onnx,
+        missed=story.missed,
     )
     (folder / CARD).write_text(model_card(facts), encoding="utf-8")
 
