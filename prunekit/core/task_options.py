@@ -12,8 +12,8 @@ from prunekit.core.recipe_problems import Problem, near
 from prunekit.core.registry import TASKS
 from prunekit.core.yaml_lines import KeyPath
 
-# Options that say what is measured, in the order in which one without a name fills them.
-_SUBJECTS = ("data", "task")
+# The option that says what is measured on; a value without a name fills it.
+_SUBJECT = "data"
 _SENSES = ("min", "max")
 
 
@@ -45,8 +45,7 @@ def make_task(name: str, options: Mapping[str, Any]) -> Any:
 
 def subject_option(cls: type) -> str | None:
     """The option that says what a task measures on, filled by a value without a name; None where it has none."""
-    fields = getattr(cls, "__pydantic_fields__", {})
-    return next((name for name in _SUBJECTS if name in fields), None)
+    return _SUBJECT if _SUBJECT in getattr(cls, "__pydantic_fields__", {}) else None
 
 
 def label_of(name: str, task: Any, given: str | None = None) -> str:

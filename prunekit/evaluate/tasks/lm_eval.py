@@ -30,13 +30,13 @@ class LmEval:
     harness, so give only files that you trust.
 
     Args:
-        task: name that the harness knows, or a .yaml file with one task, whose `dataset_path: json` and
+        data: name of a task that the harness knows, or a .yaml file with one task, whose `dataset_path: json` and
             `dataset_kwargs: {data_files: ...}` may name local rows.
         limit: rows; null takes all.
         num_fewshot: examples before each question; null takes the task's own number.
     """
 
-    task: Annotated[str, Field(min_length=1, strict=True)]
+    data: Annotated[str, Field(min_length=1, strict=True)]
     limit: Annotated[int, Field(ge=1, strict=True)] | None = None
     num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
 
@@ -55,11 +55,11 @@ class LmEval:
             raise UsageError(
                 "`lm_eval` needs lm-evaluation-harness", hint='pip install "prunekit[eval]", or use the other tasks'
             )
-        if Path(self.task).suffix in (".yaml", ".yml"):
-            config = _read(Path(self.task))
+        if Path(self.data).suffix in (".yaml", ".yml"):
+            config = _read(Path(self.data))
             return {"config": config, "files": dict(_files(config)), "lm_eval": version("lm_eval")}
-        _require_known(self.task)
-        return {"config": self.task, "lm_eval": version("lm_eval")}
+        _require_known(self.data)
+        return {"config": self.data, "lm_eval": version("lm_eval")}
 
     def prepare(self, data: dict[str, Any], subject: Subject) -> Any:
         """What the harness takes as a task."""
@@ -83,7 +83,7 @@ class LmEval:
                 )
             except Exception as error:
                 why = " ".join(str(error).split())[:400]
-                raise EvaluationError(f"lm_eval failed on `{self.task}`", why=why) from error
+                raise EvaluationError(f"lm_eval failed on `{self.data}`", why=why) from error
         return _figures(found)
 
 
