@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check fix docs bench clean
+.PHONY: help setup demo test test-all test-browser check fix docs docs-site bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +42,10 @@ test: $(READY) ## the tests, without the slow ones
 test-all: $(READY) ## the tests with the slow ones, and those for a GPU where there is one
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network"
 
+test-browser: $(READY) ## the HTML report in a headless Chromium (Debian: apt-get install chromium)
+	$(PIP) install -e '.[browser]'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser tests/web
+
 check: $(READY_DEV) ## format, lint, types, import rules, generated pages; writes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,9 +61,14 @@ fix: $(READY_DEV) ## format, repair what the linter can, write the generated pag
 docs: $(READY) ## write the generated pages
 	$(BIN)/python -m prunekit.cli.docs
 
+# The theme prints a notice about other generators unless told not to.
+docs-site: $(READY) ## the documentation as a site, in site/
+	$(PIP) install -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(READY) ## cut a checkpoint of 3 GB and time it against cp
 	$(BIN)/python benchmarks/surgery_speed.py
 
 clean: ## remove the environment, caches and outputs
-	rm -rf $(VENV) out build dist prunekit.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) out site build dist prunekit.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

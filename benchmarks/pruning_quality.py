@@ -17,7 +17,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ ENOUGH = 0.995
 
 @dataclass(frozen=True)
 class Search:
-    """A search, its calibration, the share of what at which it ends, and budgets to measure besides parameters."""
+    """A search, its calibration, the share of what at which it ends, and budgets to measure besides parameters.
+
+    `repair`: sequences of 256 tokens that output projections are fitted on afterwards; 0 leaves them as they are.
+    """
 
     knobs: dict[str, Any]
     sequences: int = 10
@@ -43,6 +46,7 @@ class Search:
     of: str = "params"
     also: tuple[str, ...] = ()
     shares: tuple[float, ...] = SHARES
+    repair: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ TABLE: dict[str, Search | Score] = {
     "mixed, per millisecond": Search({"candidates": "mixed", "per": "latency_ms"}, also=OTHERS),
     "pairs, loss": Search({"candidates": "pairs", "distance": "loss"}, also=OTHERS),
     "mixed, loss per parameter": Search({"candidates": "mixed", "per": "params", "distance": "loss"}),
+    "pairs, loss, repaired": Search({"candidates": "pairs", "distance": "loss"}, repair=64),
     "block influence": Score("block_influence"),
     "angular, best run": Score("angular", span="span"),
     "gardener": Score("gardener"),
@@ -141,7 +146,22 @@ class Bench:
         whole = self.total.block_params if of == "params" else self.total.kv_bytes_per_token
         return sum(unit_cost(self.view, address, of) for address in removed) / whole
 
-    def row(self, removed: list[str]) -> dict[str, Any]:
+    def repaired(self, removed: list[str], search: Search) -> dict[Any, Any]:
+        """Output matrices fitted to make up for what is missing, by the modules that hold them."""
+        from prunekit.modeling.modeling_prunekit import blocks_of, output_projection
+        from prunekit.repair.least_squares import LeastSquares
+
+        if not search.repair:
+            return {}
+        inputs = self.batch(replace(search, sequences=search.repair, length=256))
+        found = LeastSquares().fit(self.stack, inputs, frozenset(removed), {})
+        places = {address: address.split(".") for address in found.projections}
+        return {
+            output_projection(blocks_of(self.model)[int(number)], kind): found.projections[address].weight
+            for address, (_, number, kind) in places.items()
+        }
+
+    def row(self, removed: list[str], search: Search = Search({})) -> dict[str, Any]:
         """Perplexity and shares of the model without these sub-layers."""
         from prunekit.evaluate.perplexity import perplexity
         from prunekit.modeling.modeling_prunekit import blocks_of, bypass
@@ -150,6 +170,9 @@ class Bench:
 
         undo: list[Callable[[], None]] = []
         try:
+            for layer, weight in self.repaired(removed, search).items():
+                undo.append(partial(setattr, layer.weight, "data", layer.weight.data))
+                layer.weight.data = weight.to(layer.weight)
             for address in removed:
                 _, number, kind = address.split(".")
                 undo.append(bypass(blocks_of(self.model)[int(number)], kind))
@@ -224,7 +247,7 @@ def rows(bench: Bench, name: str, method: Search | Score) -> Iterator[dict[str, 
         for share in {"params": SHARES, "kv_bytes": KV_SHARES, "latency_ms": TIME_SHARES}[of]:
             removed = prefix(bench, units, share, of)
             if removed is not None:
-                yield {"method": name, "share": share, "of": of, **bench.row(removed), "search": facts}
+                yield {"method": name, "share": share, "of": of, **bench.row(removed, method), "search": facts}
 
 
 def facts(bench: Bench) -> dict[str, Any]:

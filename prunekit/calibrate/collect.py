@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +19,22 @@ OBSERVERS = Registry("observer", "prunekit.calibrate.observers")
 
 
 class Observer(Protocol):
-    """A running statistic of constant memory: what it holds does not grow with the number of tokens seen."""
+    """A running statistic of constant memory: what it holds does not grow with the number of tokens seen.
+
+    Attributes:
+        point: where it looks: at the `residual` stream around blocks and sub-layers, or at the output `projection` of
+            each sub-layer.
+    """
+
+    point: ClassVar[Literal["residual", "projection"]]
 
     def update(self, address: str, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
-        """Takes in what one unit did to the residual stream for one batch.
+        """Takes in what one unit did for one batch.
 
         Args:
-            address: `blocks.i`, `blocks.i.attention` or `blocks.i.ffn`; a block comes after its sub-layers.
-            before: hidden states entering the unit [sequences, tokens, hidden].
-            after: hidden states leaving it, same shape.
+            address: `blocks.i.attention`, `blocks.i.ffn`, or `blocks.i` behind its sub-layers, which has no projection.
+            before: what enters the unit [sequences, tokens, hidden], or its projection [sequences, tokens, width].
+            after: what leaves it [sequences, tokens, hidden].
             mask: int64 or bool [sequences, tokens], 0 where the input is padding; None where nothing is.
         """
 
@@ -86,18 +94,27 @@ def observe(
 
 def _feed(stack: Stack, part: dict[str, Tensor], observers: Iterable[Observer]) -> None:
     observers = tuple(observers)
+    outside = [observer for observer in observers if observer.point == "residual"]
+    inside = [observer for observer in observers if observer.point == "projection"]
     mask = part.get("attention_mask")
+
+    def seen(address: str, entering: Tensor, leaving: Tensor) -> None:
+        for observer in inside:
+            observer.update(address, entering, leaving, mask)
+
     state = stack.enter(part)
     hidden = entered = state.hidden
     blocks = [address.rpartition(".")[0] for address in stack.addresses]
     for i, address in enumerate(stack.addresses):
         if i == 0 or blocks[i] != blocks[i - 1]:
             entered = hidden
-        before, hidden = hidden, stack.run(i, hidden, state)
-        for observer in observers:
+        before = hidden
+        with stack.projections(seen) if inside else nullcontext():
+            hidden = stack.run(i, hidden, state)
+        for observer in outside:
             observer.update(address, before, hidden, mask)
         if i + 1 == len(blocks) or blocks[i + 1] != blocks[i]:
-            for observer in observers:
+            for observer in outside:
                 observer.update(blocks[i], entered, hidden, mask)
     for observer in observers:
         observer.flush()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunekit.core.errors import StructureError
-from prunekit.modeling.modeling_prunekit import blocks_of, present, skip
+from prunekit.modeling.modeling_prunekit import blocks_of, output_projection, present, skip
 
 KINDS = ("attention", "ffn")
 # Relative to the largest logit: two orders of the same sums differ by 1e-6 in float32 and 1e-2 in bfloat16.
@@ -94,6 +94,35 @@ class Stack:
         with torch.no_grad():
             found: Tensor = self._sublayers[i](hidden, *args, **kwargs)
         return found
+
+    def projection(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [hidden, width] and bias [hidden] of the output projection of `addresses[i]`."""
+        number, kind = self._units[i]
+        layer: Any = output_projection(self._blocks[number], kind)
+        weight = layer.weight.detach()
+        # transformers' Conv1D stores [in, out].
+        return (weight.T if hasattr(layer, "nf") else weight), layer.bias
+
+    @contextmanager
+    def projections(self, seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+        """While open, every run of a sub-layer tells what enters and leaves its output projection.
+
+        Args:
+            seen: called with the address, the heads' or neurons' outputs [rows, tokens, width], and what the projection
+                makes of them [rows, tokens, hidden].
+        """
+        hooks = []
+        for address, (number, kind) in zip(self.addresses, self._units, strict=True):
+
+            def tell(module: Any, given: Any, found: Tensor, address: str = address) -> None:
+                seen(address, given[0], found)
+
+            hooks.append(output_projection(self._blocks[number], kind).register_forward_hook(tell))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def finish(self, hidden: Tensor, state: State) -> Tensor:
         """The model's own end on what leaves the last block: logits, or the last hidden state of a model without them.

@@ -30,6 +30,8 @@ _ORDER = (
     "verify",
     "evaluate",
     "compare",
+    "report",
+    "diagnose",
     "recipes",
     "methods",
     "explain",

@@ -14,7 +14,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 @app.callback(invoke_without_command=True)
 def methods(context: typer.Context) -> None:
-    """List the methods that choose what goes."""
+    """List the methods that choose what goes, and those that make up for it."""
     if context.invoked_subcommand is None:
         show_list(Output(), None)
 
@@ -26,7 +26,7 @@ def list_(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """List scores and searches, with status and needs."""
+    """List scores, searches and repairs, with status and needs."""
     show_list(Output(json=json), remove)
 
 
@@ -56,7 +56,7 @@ def show_list(out: Output, kind: str | None) -> None:
 
 
 def needs_text(needs: tuple[str, ...], role: str) -> str:
-    """`no data`, the statistics a score needs, or that a search runs the model."""
-    if role == "search" and needs:
+    """`no data`, the statistics a score needs, or that a search or a repair runs the model."""
+    if role != "score" and needs:
         return "runs the model"
     return ", ".join(needs) or "no data"

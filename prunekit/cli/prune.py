@@ -110,7 +110,11 @@ def by(method: str, knobs: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _run(recipe: Recipe, output: Path, overwrite: bool, out: Output) -> None:
+    from rich.console import Group
+    from rich.text import Text
+
     from prunekit import pipeline
+    from prunekit.report.folder import REPORT
     from prunekit.report.layer_map import Row
     from prunekit.report.outcome import outcome
 
@@ -118,7 +122,8 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, out: Output) -> None:
         result = pipeline.run(recipe, output, overwrite=overwrite, progress=progress, talk=out.talk)
     data = result.to_json()
     rows = [Row.from_json(row) for row in data["layer_map"]]
-    out.result(outcome(rows, data["before"], data["after"], data["loads"], data["expectations"]), data)
+    shown = outcome(rows, data["before"], data["after"], data["loads"], data["expectations"])
+    out.result(Group(shown, "", Text(f"report: {output / REPORT}")), data)
     out.written(output)
     missed = [entry for entry in data["expectations"] if not entry["ok"]]
     if missed:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic.fields import FieldInfo
 
 from prunekit.core.recipe_model import REGISTRIES
-from prunekit.core.registry import TASKS
+from prunekit.core.registry import REPAIRS, TASKS, Registry
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,24 @@ class Card:
 
 def method_names() -> list[tuple[str, str]]:
     """(role, name) of every method, scores first."""
-    return [(role, name) for role, registry in REGISTRIES.items() for name in registry.names()]
+    return [(role, name) for role, registry in registries().items() for name in registry.names()]
+
+
+def registries() -> dict[str, Registry]:
+    """All methods by role: those that choose what goes, and those that make up for it."""
+    return {**REGISTRIES, "repair": REPAIRS}
 
 
 def card(role: str, name: str) -> Card:
     """Card of one method.
 
     Args:
-        role: `score` or `search`.
+        role: `score`, `search` or `repair`.
         name: registry name.
     Raises:
         UsageError: if there is no such method.
     """
-    cls = REGISTRIES[role].get(name)
+    cls = registries()[role].get(name)
     text = inspect.cleandoc(cls.__doc__ or "")
     summary, _, rest = text.partition("\n")
     return Card(
@@ -196,7 +201,9 @@ def type_text(hint: Any) -> str:
 
 
 def example_step(entry: Card) -> str:
-    """YAML of a recipe step that uses the method, with its `example` knobs."""
+    """YAML of the part of a recipe that uses the method, with its `example` knobs."""
+    if entry.role == "repair":
+        return f"repair: {yaml_text({'method': entry.name, **entry.example})}\n"
     kind = entry.kinds[0] if entry.kinds else "blocks"
     by = yaml_text({entry.role: entry.name, **entry.example})
     return f"steps:\n  - remove: {kind}\n    by: {by}\n    budget: {{remove: 0.2, of: params}}\n"

@@ -9,6 +9,7 @@ from prunekit.core.errors import PrunekitError
 from prunekit.core.recipe_fields import knob_problems
 from prunekit.core.recipe_model import EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Kind
 from prunekit.core.recipe_problems import Problem, near
+from prunekit.core.registry import REPAIRS
 from prunekit.core.task_options import label_of, make_task, split_limit, task_problems
 from prunekit.core.yaml_lines import KeyPath
 
@@ -28,6 +29,7 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
             path: KeyPath = ("steps", index)
             problems += _budget(step, path)
             problems += _method(step, path)
+    problems += _repair(data)
     problems += _export(data)
     tasks = _inside(data, "evaluate", "tasks")
     figures, found = _tasks(tasks if isinstance(tasks, list) else [])
@@ -138,6 +140,19 @@ def _method(step: Mapping[str, Any], path: KeyPath) -> list[Problem]:
         return [Problem(error.what, (*here, role), why=error.why, hint=error.hint)]
     problems = _kinds(cls, name, step.get("remove"), path)
     return problems + knob_problems(cls, {k: v for k, v in by.items() if k not in REGISTRIES}, here)
+
+
+def _repair(data: Mapping[str, Any]) -> list[Problem]:
+    raw = data.get("repair")
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("method"), str):
+        return []
+    name = raw["method"]
+    if name not in REPAIRS.names():
+        names = REPAIRS.names()
+        hint = near(name, names) or f"there are: {', '.join(names)}"
+        return [Problem(f"no repair named `{name}`", ("repair", "method"), hint=hint)]
+    knobs = {key: value for key, value in raw.items() if key not in ("method", "calibrate")}
+    return knob_problems(REPAIRS.get(name), knobs, ("repair",))
 
 
 def _which(role: str, name: str) -> str:

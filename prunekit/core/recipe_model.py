@@ -17,11 +17,12 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StrictStr,
+    TypeAdapter,
     model_serializer,
     model_validator,
 )
 
-from prunekit.core.registry import SCORES, SEARCHES, TASKS, Registry
+from prunekit.core.registry import REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
 Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons"]
 WIDTH_KINDS = ("query_heads", "kv_groups", "neurons")
@@ -93,6 +94,28 @@ class Method(_Part):
     def name(self) -> str:
         """Registry name of the method."""
         return self.search or self.score or ""
+
+
+class Repair(_Part):
+    """What makes up for the cut in closed form, by registry name, with its knobs beside the name."""
+
+    method: StrictStr = Field(description="Method that fits new weights once all steps are planned.")
+    calibrate: Calibrate = Field(
+        default=Calibrate(sequences=64), description="What it is fitted on; 64 sequences where not said."
+    )
+    knobs: dict[str, Any] = Field(default_factory=dict, description="Knobs of the method.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        named = {key: data[key] for key in ("method", "calibrate") if key in data}
+        return {**named, "knobs": {key: value for key, value in data.items() if key not in named}}
+
+    @model_serializer
+    def _flatten(self) -> dict[str, Any]:
+        return {"method": self.method, **self.knobs, "calibrate": self.calibrate.model_dump()}
 
 
 class Budget(_Part):
@@ -319,20 +342,28 @@ class Recipe(_Part):
     model: Model = Field(description="Which model is pruned, and how it is loaded.")
     calibrate: Calibrate = Field(default=Calibrate(), description="Text that methods run the model on.")
     steps: tuple[Step, ...] = Field(min_length=1, description="Removals, one after the other.")
+    repair: Repair | None = Field(default=None, description="What makes up for the cut, without training.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after.")
     export: Export = Field(default=Export(), description="Formats and layout that are written.")
     expect: Expect = Field(default=Expect(), description="Limits that the result must keep.")
 
     def effective(self) -> dict[str, Any]:
         """The recipe with every default written out, method knobs too; reading it again gives the same recipe."""
-        from pydantic import TypeAdapter
-
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         for step, written in zip(self.steps, data["steps"], strict=True):
-            adapter: TypeAdapter[Any] = TypeAdapter(REGISTRIES[step.by.role].get(step.by.name))
-            knobs = adapter.dump_python(adapter.validate_python(step.by.knobs), mode="json")
-            written["by"] = {step.by.role: step.by.name, **knobs}
-        for asked, written in zip(self.evaluate.tasks or (), data["evaluate"].get("tasks", ()), strict=True):
-            known: TypeAdapter[Any] = TypeAdapter(TASKS.get(asked.task))
-            written |= known.dump_python(known.validate_python(asked.options), mode="json")
+            written["by"] = {
+                step.by.role: step.by.name,
+                **_all_knobs(REGISTRIES[step.by.role], step.by.name, step.by.knobs),
+            }
+        for asked, measured in zip(self.evaluate.tasks or (), data["evaluate"].get("tasks", ()), strict=True):
+            measured |= _all_knobs(TASKS, asked.task, asked.options)
+        if self.repair is not None:
+            knobs = _all_knobs(REPAIRS, self.repair.method, self.repair.knobs)
+            data["repair"] = {**data["repair"], **knobs}
         return {key: value for key, value in data.items() if value != {}}
+
+
+def _all_knobs(registry: Registry, name: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's knobs with defaults written out."""
+    adapter: TypeAdapter[Any] = TypeAdapter(registry.get(name))
+    return dict(adapter.dump_python(adapter.validate_python(knobs), mode="json"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunekit.core.method_card import card, method_names, task_card
+from prunekit.core.method_card import card, method_names, registries, task_card
 from prunekit.core.recipe_model import REGISTRIES, Recipe
 from prunekit.core.registry import TASKS
 
@@ -17,13 +17,18 @@ def json_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     definitions["Method"] = {
         "description": definitions["Method"]["description"],
-        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names()],
+        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names() if role in REGISTRIES],
+    }
+    repair = definitions["Repair"]
+    definitions["Repair"] = {
+        "description": repair["description"],
+        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names() if role == "repair"],
     }
     for role, name in method_names():
-        knobs = TypeAdapter(REGISTRIES[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
+        knobs = TypeAdapter(registries()[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
         for inner, definition in knobs.pop("$defs", {}).items():
             definitions[f"{role}_{name}_{inner}"] = definition
-        definitions[f"{role}_{name}"] = _method(role, name, knobs)
+        definitions[f"{role}_{name}"] = _method(role, name, knobs, repair["properties"])
     definitions["Measurement"] = {
         "description": definitions["Measurement"]["description"],
         "anyOf": [{"enum": list(TASKS.names())}, *({"$ref": f"#/$defs/task_{name}"} for name in TASKS.names())],
@@ -54,17 +59,19 @@ def _task(name: str) -> dict[str, Any]:
     }
 
 
-def _method(role: str, name: str, knobs: dict[str, Any]) -> dict[str, Any]:
+def _method(role: str, name: str, knobs: dict[str, Any], repair: dict[str, Any]) -> dict[str, Any]:
+    """Schema of one method's mapping; `repair`: the keys that every repair has."""
     entry = card(role, name)
+    key, others = ("method", {"calibrate": repair["calibrate"]}) if role == "repair" else (role, {})
     meanings = {knob.name: knob.meaning for knob in entry.knobs}
     properties = {
-        key: {"description": meanings.get(key, ""), **value} for key, value in knobs.get("properties", {}).items()
+        knob: {"description": meanings.get(knob, ""), **value} for knob, value in knobs.get("properties", {}).items()
     }
     return {
         "type": "object",
         "title": name,
-        "description": f"{entry.summary} Kinds: {', '.join(entry.kinds)}.",
-        "properties": {role: {"const": name}, **properties},
-        "required": [role, *knobs.get("required", [])],
+        "description": f"{entry.summary} Kinds: {', '.join(entry.kinds)}." if entry.kinds else entry.summary,
+        "properties": {key: {"const": name}, **others, **properties},
+        "required": [key, *knobs.get("required", [])],
         "additionalProperties": False,
     }

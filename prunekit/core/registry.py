@@ -57,3 +57,4 @@ class Registry:
 SCORES = Registry("score", "prunekit.scores")
 SEARCHES = Registry("search", "prunekit.search")
 TASKS = Registry("task", "prunekit.evaluate.tasks")
+REPAIRS = Registry("repair", "prunekit.repair")

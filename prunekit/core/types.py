@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,41 @@ class Order:
         """Plain values."""
         steps = [{"units": list(step.units), "distance": step.distance} for step in self.steps]
         return {"method": self.method, "steps": steps, "provenance": dict(self.provenance)}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One measurement over the depth of a model, as a table.
+
+    Args:
+        name: key, such as `sink`.
+        title: what is measured, in words.
+        unit: of the values, "" where they have none.
+        form: `heads`: a column a query head; `curve`: a column a series.
+        rows: addresses, in execution order.
+        columns: heads as numbers, or names of the series.
+        values: one row an address; None where there is no such value.
+        threshold: at or above it a head counts as having the role that the panel is about; None where there is none.
+    """
+
+    name: str
+    title: str
+    unit: str
+    form: Literal["heads", "curve"]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    threshold: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "unit": self.unit,
+            "form": self.form,
+            "rows": list(self.rows),
+            "columns": list(self.columns),
+            "values": [list(row) for row in self.values],
+            "threshold": self.threshold,
+        }

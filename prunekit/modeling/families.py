@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from prunekit.core.errors import PlanError
@@ -10,19 +14,22 @@ from prunekit.core.errors import PlanError
 # Parts of file and class names, as `modeling_prunekit.py` has them.
 MODULE = "modeling_prunekit"
 PREFIX = "Prunekit"
-_DECODER_HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
-_TEXT_HEADS = ("ForSequenceClassification", "ForTokenClassification")
-# Stock model type: name in class names, heads.
-_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "llama": ("Llama", _DECODER_HEADS),
-    "mistral": ("Mistral", _DECODER_HEADS),
-    "qwen2": ("Qwen2", _DECODER_HEADS),
-    "qwen3": ("Qwen3", _DECODER_HEADS),
-    "gpt2": ("GPT2", ("LMHeadModel", *_TEXT_HEADS)),
-    "bert": ("Bert", ("ForPreTraining", "ForMaskedLM", "ForQuestionAnswering", *_TEXT_HEADS)),
-    "vit": ("ViT", ("ForImageClassification",)),
-}
-HETERO_FAMILIES = tuple(_FAMILIES)
+
+
+@cache
+def _table() -> dict[str, str]:
+    """`CLASSES` of `modeling_prunekit.py`, which has to stand alone and imports torch, and so is read and not run."""
+    file = Path(__file__).with_name(f"{MODULE}.py")
+    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "CLASSES":
+            table: dict[str, str] = ast.literal_eval(statement.value)
+            return table
+    raise LookupError(f"`{file.name}` has no table of classes")
+
+
+def hetero_families() -> tuple[str, ...]:
+    """Stock model types that have heterogeneous classes."""
+    return tuple(_table())
 
 
 def hetero_model_type(model_type: str) -> str:
@@ -32,19 +39,26 @@ def hetero_model_type(model_type: str) -> str:
 
 def hetero_config_class(model_type: str) -> str:
     """Name of a family's heterogeneous configuration class."""
-    return f"{PREFIX}{_FAMILIES[model_type][0]}Config"
+    return _names(model_type)[0]
 
 
 def hetero_classes(model_type: str) -> dict[str, str]:
     """Heterogeneous model classes of a family, base model first, and the Auto class of each."""
-    name, heads = _FAMILIES[model_type]
-    return {f"{PREFIX}{name}{head}": _auto_class(head) for head in ("Model", *heads)}
+    return {name: auto_class((name,)) for name in _names(model_type)[1:]}
 
 
-def _auto_class(head: str) -> str:
-    if head == "Model":
-        return "AutoModel"
-    return "AutoModelForCausalLM" if head == "LMHeadModel" else f"AutoModel{head}"
+def auto_class(architectures: Sequence[str]) -> str:
+    """Auto class of transformers for an architecture name; `LlamaForCausalLM` gives `AutoModelForCausalLM`."""
+    name = architectures[0] if architectures else ""
+    head = re.search(r"For[A-Z]\w*$", name)
+    if head:
+        return f"AutoModel{head.group()}"
+    return "AutoModelForCausalLM" if name.endswith("LMHeadModel") else "AutoModel"
+
+
+def _names(model_type: str) -> list[str]:
+    prefix, *rest = _table()[model_type].split()
+    return [f"{PREFIX}{prefix}{part}" for part in rest]
 
 
 def hetero_config_fields(model_type: str, architectures: Sequence[str] | None) -> dict[str, Any]:
@@ -59,8 +73,8 @@ def hetero_config_fields(model_type: str, architectures: Sequence[str] | None) -
     Raises:
         PlanError: for a family or an architecture that has no heterogeneous class.
     """
-    if model_type not in _FAMILIES:
-        known = ", ".join(HETERO_FAMILIES)
+    if model_type not in hetero_families():
+        known = ", ".join(hetero_families())
         raise PlanError(f"`{model_type}` has no class for blocks that differ", hint=f"families that have: {known}")
     classes = hetero_classes(model_type)
     base = next(iter(classes))

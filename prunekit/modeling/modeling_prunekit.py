@@ -1,13 +1,14 @@
 """Transformers whose blocks differ: sub-layers missing, or fewer heads and FFN neurons in some blocks than in others.
 
-Each class is the stock one: built as the configuration's global attributes say, then cut as
-`config.prunekit["per_layer_config"]` says. Tensors keep the names of the stock checkpoint; those of removed sub-layers
-are absent. prunekit copies this file into the folders it writes, which is why it imports nothing but torch and
-transformers and is longer than other files.
+Each class, such as `PrunekitLlamaForCausalLM`, is the stock one: built as the configuration's global attributes say,
+then cut as `config.prunekit["per_layer_config"]` says. It is made when it is first asked for. Tensors keep the names of
+the stock checkpoint; those of removed sub-layers are absent. prunekit copies this file into the folders it writes,
+which is why it imports nothing but torch and transformers and is longer than other files.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,18 @@ SCHEMA = 1
 # What the configuration calls the two kinds of sub-layer, and the widths that a block can have of its own.
 SKIPS = {"attention": "attention", "mlp": "ffn"}
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+# Stock model type: how names of stock classes begin, and how those of configuration, base model and heads go on.
+# prunekit reads this table without running the file.
+CLASSES = {
+    "llama": "Llama Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "mistral": "Mistral Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "qwen2": "Qwen2 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "qwen3": "Qwen3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gpt2": "GPT2 Config Model LMHeadModel ForSequenceClassification ForTokenClassification",
+    "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
+    "vit": "ViT Config Model ForImageClassification",
+}
 # What Linear and Conv1D call their two sizes.
 _SIDES = {"out": ("out_features", "nf"), "in": ("in_features", "nx")}
 
@@ -171,6 +184,12 @@ def present(block: nn.Module, kind: str) -> bool:
     """Whether a block has its `attention` or `ffn`."""
     swaps = _sublayer(block, kind).swaps
     return any(type(block.get_submodule(name)).__name__ != other.__name__ for name, other in swaps.items())
+
+
+def output_projection(block: nn.Module, kind: str) -> nn.Module:
+    """The layer that leads from the heads or neurons of a block's `attention` or `ffn` back to the residual stream."""
+    linears = _sublayer(block, kind).linears
+    return block.get_submodule(next(path for path, (side, _) in linears.items() if side == "in"))
 
 
 def skip(block: nn.Module, kind: str) -> None:
@@ -341,258 +360,47 @@ class _Pruned:
             _apply_plan(base, self.config)  # type: ignore[attr-defined]
 
 
-class PrunekitLlamaConfig(transformers.LlamaConfig):
-    """Configuration of a Llama whose blocks differ."""
-
-    model_type = "prunekit_llama"
-    _auto_class = "AutoConfig"
-
-
-class PrunekitLlamaModel(_Pruned, transformers.LlamaModel):
-    """Llama without a head whose blocks differ."""
-
-    config_class = PrunekitLlamaConfig
-    _auto_class = "AutoModel"
-
-
-class PrunekitLlamaForCausalLM(_Pruned, transformers.LlamaForCausalLM):
-    """Llama that continues text whose blocks differ."""
-
-    config_class = PrunekitLlamaConfig
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunekitLlamaForSequenceClassification(_Pruned, transformers.LlamaForSequenceClassification):
-    """Llama that classifies texts whose blocks differ."""
-
-    config_class = PrunekitLlamaConfig
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunekitLlamaForTokenClassification(_Pruned, transformers.LlamaForTokenClassification):
-    """Llama that classifies tokens whose blocks differ."""
-
-    config_class = PrunekitLlamaConfig
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunekitMistralConfig(transformers.MistralConfig):
-    """Configuration of a Mistral whose blocks differ."""
-
-    model_type = "prunekit_mistral"
-    _auto_class = "AutoConfig"
-
-
-class PrunekitMistralModel(_Pruned, transformers.MistralModel):
-    """Mistral without a head whose blocks differ."""
-
-    config_class = PrunekitMistralConfig
-    _auto_class = "AutoModel"
-
-
-class PrunekitMistralForCausalLM(_Pruned, transformers.MistralForCausalLM):
-    """Mistral that continues text whose blocks differ."""
-
-    config_class = PrunekitMistralConfig
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunekitMistralForSequenceClassification(_Pruned, transformers.MistralForSequenceClassification):
-    """Mistral that classifies texts whose blocks differ."""
-
-    config_class = PrunekitMistralConfig
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunekitMistralForTokenClassification(_Pruned, transformers.MistralForTokenClassification):
-    """Mistral that classifies tokens whose blocks differ."""
-
-    config_class = PrunekitMistralConfig
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunekitQwen2Config(transformers.Qwen2Config):
-    """Configuration of a Qwen2 whose blocks differ."""
-
-    model_type = "prunekit_qwen2"
-    _auto_class = "AutoConfig"
-
-
-class PrunekitQwen2Model(_Pruned, transformers.Qwen2Model):
-    """Qwen2 without a head whose blocks differ."""
-
-    config_class = PrunekitQwen2Config
-    _auto_class = "AutoModel"
-
-
-class PrunekitQwen2ForCausalLM(_Pruned, transformers.Qwen2ForCausalLM):
-    """Qwen2 that continues text whose blocks differ."""
-
-    config_class = PrunekitQwen2Config
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunekitQwen2ForSequenceClassification(_Pruned, transformers.Qwen2ForSequenceClassification):
-    """Qwen2 that classifies texts whose blocks differ."""
-
-    config_class = PrunekitQwen2Config
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunekitQwen2ForTokenClassification(_Pruned, transformers.Qwen2ForTokenClassification):
-    """Qwen2 that classifies tokens whose blocks differ."""
-
-    config_class = PrunekitQwen2Config
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunekitQwen3Config(transformers.Qwen3Config):
-    """Configuration of a Qwen3 whose blocks differ."""
-
-    model_type = "prunekit_qwen3"
-    _auto_class = "AutoConfig"
-
-
-class PrunekitQwen3Model(_Pruned, transformers.Qwen3Model):
-    """Qwen3 without a head whose blocks differ."""
-
-    config_class = PrunekitQwen3Config
-    _auto_class = "AutoModel"
-
-
-class PrunekitQwen3ForCausalLM(_Pruned, transformers.Qwen3ForCausalLM):
-    """Qwen3 that continues text whose blocks differ."""
-
-    config_class = PrunekitQwen3Config
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunekitQwen3ForSequenceClassification(_Pruned, transformers.Qwen3ForSequenceClassification):
-    """Qwen3 that classifies texts whose blocks differ."""
-
-    config_class = PrunekitQwen3Config
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunekitQwen3ForTokenClassification(_Pruned, transformers.Qwen3ForTokenClassification):
-    """Qwen3 that classifies tokens whose blocks differ."""
-
-    config_class = PrunekitQwen3Config
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunekitGPT2Config(transformers.GPT2Config):
-    """Configuration of a GPT-2 whose blocks differ."""
-
-    model_type = "prunekit_gpt2"
-    _auto_class = "AutoConfig"
-
-
-class PrunekitGPT2Model(_Pruned, transformers.GPT2Model):
-    """GPT-2 without a head whose blocks differ."""
-
-    config_class = PrunekitGPT2Config
-    _auto_class = "AutoModel"
-
-
-class PrunekitGPT2LMHeadModel(_Pruned, transformers.GPT2LMHeadModel):
-    """GPT-2 that continues text whose blocks differ."""
-
-    config_class = PrunekitGPT2Config
-    _auto_class = "AutoModelForCausalLM"
-
-
-class PrunekitGPT2ForSequenceClassification(_Pruned, transformers.GPT2ForSequenceClassification):
-    """GPT-2 that classifies texts whose blocks differ."""
-
-    config_class = PrunekitGPT2Config
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunekitGPT2ForTokenClassification(_Pruned, transformers.GPT2ForTokenClassification):
-    """GPT-2 that classifies tokens whose blocks differ."""
-
-    config_class = PrunekitGPT2Config
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunekitBertConfig(transformers.BertConfig):
-    """Configuration of a BERT whose blocks differ."""
-
-    model_type = "prunekit_bert"
-    _auto_class = "AutoConfig"
-
-
-class PrunekitBertModel(_Pruned, transformers.BertModel):
-    """BERT without a head whose blocks differ."""
-
-    config_class = PrunekitBertConfig
-    _auto_class = "AutoModel"
-
-
-class PrunekitBertForPreTraining(_Pruned, transformers.BertForPreTraining):
-    """BERT with both pre-training heads whose blocks differ."""
-
-    config_class = PrunekitBertConfig
-    _auto_class = "AutoModelForPreTraining"
-
-
-class PrunekitBertForMaskedLM(_Pruned, transformers.BertForMaskedLM):
-    """BERT that fills in masked tokens whose blocks differ."""
-
-    config_class = PrunekitBertConfig
-    _auto_class = "AutoModelForMaskedLM"
-
-
-class PrunekitBertForSequenceClassification(_Pruned, transformers.BertForSequenceClassification):
-    """BERT that classifies texts whose blocks differ."""
-
-    config_class = PrunekitBertConfig
-    _auto_class = "AutoModelForSequenceClassification"
-
-
-class PrunekitBertForTokenClassification(_Pruned, transformers.BertForTokenClassification):
-    """BERT that classifies tokens whose blocks differ."""
-
-    config_class = PrunekitBertConfig
-    _auto_class = "AutoModelForTokenClassification"
-
-
-class PrunekitBertForQuestionAnswering(_Pruned, transformers.BertForQuestionAnswering):
-    """BERT that finds answers in a text whose blocks differ."""
-
-    config_class = PrunekitBertConfig
-    _auto_class = "AutoModelForQuestionAnswering"
-
-
-class PrunekitViTConfig(transformers.ViTConfig):
-    """Configuration of a ViT whose blocks differ."""
-
-    model_type = "prunekit_vit"
-    _auto_class = "AutoConfig"
-
-
-class PrunekitViTModel(_Pruned, transformers.ViTModel):
-    """ViT without a head whose blocks differ."""
-
-    config_class = PrunekitViTConfig
-    _auto_class = "AutoModel"
-
-
-class PrunekitViTForImageClassification(_Pruned, transformers.ViTForImageClassification):
-    """ViT that classifies images whose blocks differ."""
-
-    config_class = PrunekitViTConfig
-    _auto_class = "AutoModelForImageClassification"
-
-
-def _introduce(classes: Sequence[Any]) -> None:
-    """Tells transformers which class belongs to which configuration, and how older checkpoints name its tensors."""
-    for cls in classes:
-        getattr(transformers, cls._auto_class).register(cls.config_class, cls, exist_ok=True)
-        renaming = get_checkpoint_conversion_mapping(cls.__bases__[1].__name__)
+def __getattr__(name: str) -> Any:
+    """Heterogeneous class of that name; with the first one of a family all of the family's are made."""
+    for model_type in CLASSES:
+        if name in class_names(model_type):
+            _make_classes(model_type)
+            return globals()[name]
+    raise AttributeError(f"module `{__name__}` has no `{name}`")
+
+
+def class_names(model_type: str) -> tuple[str, ...]:
+    """Heterogeneous classes of a stock model type: configuration, base model, heads."""
+    prefix, *rest = CLASSES[model_type].split()
+    return tuple(f"Prunekit{prefix}{part}" for part in rest)
+
+
+def _make_classes(model_type: str) -> None:
+    """Puts a family's classes into this module and tells transformers of them.
+
+    It has to know which class belongs to which configuration, and how older checkpoints name the tensors of each.
+    """
+    config_name, *names = class_names(model_type)
+    stock_config = getattr(transformers, config_name.removeprefix("Prunekit"))
+    config = _make(config_name, (stock_config,), {"model_type": f"prunekit_{model_type}", "_auto_class": "AutoConfig"})
+    for name in names:
+        stock, auto = getattr(transformers, name.removeprefix("Prunekit")), auto_class(name)
+        cls = _make(name, (_Pruned, stock), {"config_class": config, "_auto_class": auto})
+        getattr(transformers, auto).register(config, cls, exist_ok=True)
+        renaming = get_checkpoint_conversion_mapping(stock.__name__)
         if renaming is not None:
-            register_checkpoint_conversion_mapping(cls.__name__, renaming, overwrite=True)
+            register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
 
 
-_introduce(_Pruned.__subclasses__())
+def _make(name: str, bases: tuple[type, ...], members: Mapping[str, Any]) -> Any:
+    doc = f"`{bases[-1].__name__}` of a model whose blocks differ."
+    made = globals()[name] = type(name, bases, {"__module__": __name__, "__doc__": doc, **members})
+    return made
+
+
+def auto_class(name: str) -> str:
+    """Auto class of transformers that a model class belongs to; `LlamaForCausalLM` gives `AutoModelForCausalLM`."""
+    head = re.search(r"For[A-Z]\w*$", name)
+    if head:
+        return f"AutoModel{head.group()}"
+    return "AutoModelForCausalLM" if name.endswith("LMHeadModel") else "AutoModel"

@@ -2,7 +2,7 @@
 
 transformers maps a model type to the name of a configuration class, and looks that name up in the module
 `transformers.models.<model type>` when a folder asks for it. An import hook adds our names to that map as soon as it
-exists, and supplies the module, with the classes of `modeling_prunekit.py`. Registering the classes themselves at that
+exists, and supplies the module, with the class of `modeling_prunekit.py`. Registering the classes themselves at that
 point would import model code while transformers is half imported.
 """
 
@@ -14,11 +14,10 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-from prunekit.modeling.families import HETERO_FAMILIES, hetero_config_class, hetero_model_type
+from prunekit.modeling.families import hetero_config_class, hetero_families, hetero_model_type
 
 _MAP = "transformers.models.auto.configuration_auto"
-_NAMES = {hetero_model_type(family): hetero_config_class(family) for family in HETERO_FAMILIES}
-_MODULES = {f"transformers.models.{model_type}" for model_type in _NAMES}
+_MODULES = f"transformers.models.{hetero_model_type('')}"
 
 
 def register_import_hook() -> None:
@@ -30,7 +29,9 @@ def register_import_hook() -> None:
 
 
 def _add_names(auto: ModuleType) -> None:
-    auto.CONFIG_MAPPING_NAMES.update(_NAMES)
+    auto.CONFIG_MAPPING_NAMES.update(
+        {hetero_model_type(family): hetero_config_class(family) for family in hetero_families()}
+    )
 
 
 class _Finder(MetaPathFinder):
@@ -39,7 +40,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname in _MODULES:
+        if fullname.startswith(_MODULES) and fullname.removeprefix(_MODULES) in hetero_families():
             return ModuleSpec(fullname, _HeterogeneousLoader())
         if fullname != _MAP:
             return None
@@ -50,7 +51,7 @@ class _Finder(MetaPathFinder):
 
 
 class _HeterogeneousLoader(Loader):
-    """Fills a module with the heterogeneous classes."""
+    """Fills a module with a family's heterogeneous configuration."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
@@ -58,8 +59,8 @@ class _HeterogeneousLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         from prunekit.modeling import modeling_prunekit
 
-        for name in _NAMES.values():
-            setattr(module, name, getattr(modeling_prunekit, name))
+        name = hetero_config_class(module.__name__.removeprefix(_MODULES))
+        setattr(module, name, getattr(modeling_prunekit, name))
 
 
 class _MapLoader(Loader):

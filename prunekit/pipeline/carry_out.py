@@ -14,6 +14,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
+from prunekit.pipeline.mend import as_stored, mended, put_into
 from prunekit.plan.layout import loads
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def run(
 
     Args:
         recipe: all of it.
-        output: folder to write: the checkpoint at its top, `onnx/`, `prunekit.json`, the model card, the layer map.
+        output: folder to write: the checkpoint at its top, `onnx/`, `prunekit.json`, the model card, the
+            layer map, `report.html`.
         overwrite: replace a model folder that is there.
         progress: bars.
         talk: told in a line what happens now.
@@ -86,6 +88,10 @@ def run(
     made = make_plan(recipe, progress, talk)
     clock.lap("plan")
     check_evaluation(made.view, recipe)
+    if recipe.repair is not None:
+        talk(f"repairing by {recipe.repair.method}")
+        made = mended(recipe, made, progress)
+        clock.lap("repair")
     with atomic_folder(output, overwrite) as folder:
         return _finish(recipe, made, output, folder, progress, talk, clock)
 
@@ -134,7 +140,8 @@ def _finish(
     from prunekit.surgery import engine
 
     talk(f"writing a {made.layout.kind} checkpoint")
-    engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout)
+    replaced = as_stored(made.view, made.repaired)
+    engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced)
     clock.lap("cut")
     talk("measuring before and after")
     before, after, reference = _measured(recipe, made, folder, progress)
@@ -168,7 +175,7 @@ def _measured(
 
 
 def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
-    """Outputs of the dense model with the removed sub-layers passed over; None where a plan narrows or is too large.
+    """Outputs of the dense model with the removed sub-layers passed over, repaired; None if it narrows or is too large.
 
     Args:
         dense: changed on the way; not to be used afterwards.
@@ -182,10 +189,12 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     if made.plan.keep or made.before.params > _REFERENCE_PARAMS:
         return None
     dense = dense.to("cpu", torch.float64)
+    put_into(dense, made.view, made.repaired)
     for address in made.plan.drop:
         _, number, kind = address.split(".")
         skip(blocks_of(dense)[int(number)], kind)
-    return make_reference(dense, load_tokenizer(folder), "the dense model without what was removed")
+    name = "the dense model without what was removed" + ", repaired" * bool(made.repaired)
+    return make_reference(dense, load_tokenizer(folder), name)
 
 
 def _exported(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -214,10 +223,11 @@ def _verified(folder: Path, reference: Reference | None, progress: Progress) -> 
 
 
 def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progress) -> None:
-    """The manifest, the recipe with every default, the model card and the layer map."""
+    """The manifest, the recipe with every default, the model card, the layer map and the HTML report."""
     import yaml
 
-    from prunekit.report.folder import Story, versions, write_report
+    from prunekit.report.card import read_inherited
+    from prunekit.report.folder import versions, write_report
 
     made, data = result.made, result.to_json()
     effective = recipe.effective()
@@ -232,42 +242,18 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
             "kind": source.kind,
             "revision": source.revision,
             "sha256": _digests(made.view, progress),
+            "card": read_inherited(made.view.checkpoint.folder),
         },
         "recipe": effective,
-        "accepted": not missed(result.expectations),
+        "accepted": all(entry["ok"] for entry in result.expectations),
         "plan": made.plan.to_json(),
         "orders": [order.to_json() for order in made.orders],
+        **({"repair": dict(made.repair)} if made.repair else {}),
         **{key: value for key, value in data.items() if key != "output"},
+        "notes": _notes(recipe),
     }
     write_json(folder / MANIFEST, manifest)
-    sample = recipe.evaluate.sample
-    story = Story(
-        name=recipe.name or source.name,
-        source=recipe.model.source,
-        layout=made.layout.kind,
-        loads=data["loads"],
-        before=result.before,
-        after=result.after,
-        recipe=text,
-        prompt=sample.prompt if sample is not None else "",
-        notes=_notes(recipe),
-        missed=missed(result.expectations),
-        onnx=ONNX if ONNX in recipe.export.formats else "",
-    )
-    write_report(folder, made.view, made.plan, story)
-
-
-def missed(expectations: list[dict[str, Any]]) -> list[str]:
-    """The limits that do not hold, each with what was measured."""
-    return [
-        f"`{entry['name']}: {_short(entry['limit'])}` got {_short(entry['value'])}"
-        for entry in expectations
-        if not entry["ok"]
-    ]
-
-
-def _short(value: Any) -> str:
-    return "nothing" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    write_report(folder)
 
 
 def _digests(view: ModelView, progress: Progress) -> dict[str, str]:
@@ -282,8 +268,12 @@ def _digests(view: ModelView, progress: Progress) -> dict[str, str]:
 
 
 def _notes(recipe: Recipe) -> list[str]:
-    """How the figures were measured, in sentences."""
+    """How the result was repaired and the figures were measured, in sentences."""
     asked, notes = recipe.evaluate, []
+    if recipe.repair is not None:
+        r = recipe.repair.calibrate
+        fitted = f"{r.sequences} sequences of {r.length_tokens} tokens of `{Path(r.data).name}`"
+        notes.append(f"Repaired by {recipe.repair.method}, fitted on {fitted}; shapes are those of the cut.")
     if asked.perplexity is not None:
         p = asked.perplexity
         stride = f", a window every {p.stride_tokens}" if p.stride_tokens else ""

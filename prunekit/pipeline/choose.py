@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunekit.calibrate.stack import Stack
+    from prunekit.repair._fit import Projection
 
 Talk = Callable[[str], None]
 
@@ -49,6 +50,8 @@ class Made:
         before: cost of the model.
         after: cost of what the plan leaves.
         orders: what each step's method said, in order.
+        repaired: new output projections by the address of their sub-layer.
+        repair: what the repair says about itself; empty without one.
     """
 
     source: ResolvedSource
@@ -58,6 +61,8 @@ class Made:
     before: Cost
     after: Cost
     orders: tuple[Scores | Order, ...]
+    repaired: Mapping[str, Projection] = field(default_factory=dict)
+    repair: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = silent) -> Made:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from prunekit.core.errors import PlanError
-from prunekit.modeling.families import HETERO_FAMILIES
+from prunekit.modeling.families import auto_class, hetero_families
 from prunekit.plan.cost import kept_widths
 from prunekit.structure.view import WIDTHS
 
@@ -54,8 +52,8 @@ def choose_layout(view: ModelView, plan: Plan, wanted: str = "auto") -> Layout:
     if wanted == "stock":
         hint = "remove whole blocks, or the same widths in all; or leave `layout` at auto"
         raise PlanError("the result cannot be a stock model", why=reason, hint=hint)
-    if view.model_type not in HETERO_FAMILIES:
-        known = ", ".join(HETERO_FAMILIES)
+    if view.model_type not in hetero_families():
+        known = ", ".join(hetero_families())
         raise PlanError(f"`{view.model_type}` cannot have blocks that differ", why=reason, hint=f"known are: {known}")
     there = {sublayer.address for sublayer in left}
     pairs = tuple(
@@ -142,12 +140,3 @@ def loads(view: ModelView, layout: Layout) -> dict[str, str]:
         "ONNX Runtime": "through `prunekit export`",
         "vLLM, TensorRT-LLM, llama.cpp": "wherever the dense model runs: class and tensor names are its own",
     }
-
-
-def auto_class(architectures: Sequence[str]) -> str:
-    """Auto class of transformers for an architecture name; `LlamaForCausalLM` gives `AutoModelForCausalLM`."""
-    name = architectures[0] if architectures else ""
-    head = re.search(r"For[A-Z]\w*$", name)
-    if head:
-        return f"AutoModel{head.group()}"
-    return "AutoModelForCausalLM" if name.endswith("LMHeadModel") else "AutoModel"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +11,48 @@ from typing import Any
 
 import yaml
 
-from prunekit.report.table import Line, markdown
+from prunekit.report.layer_map import details, summary
+from prunekit.report.run import Run, part
+from prunekit.report.table import Line, lines, markdown
 
 # Packaged models are copies of hub models; the hub links a card to its base model by this id.
 PACKAGED: dict[str, dict[str, Any]] = {
     "smollm2-135m-instruct": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"},
-    "all-minilm-l6-v2": {"base_model": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0"},
+    "all-minilm-l6-v2": {
+        "base_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "license": "apache-2.0",
+        "pipeline_tag": "sentence-similarity",
+    },
 }
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# Tasks of the hub by the auto class that loads a model.
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModel": "feature-extraction",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measurement of the result for the card's `model-index`.
+
+    Args:
+        metric: type of the metric as the hub names it.
+        name: the metric with how it was measured.
+        value: finite.
+        data: name of the text it was measured on.
+    """
+
+    metric: str
+    name: str
+    value: float
+    data: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +75,8 @@ class CardFacts:
         layer_map: file name of the map, "" for none.
         onnx: sub-folder of the ONNX files, "" for none.
         missed: limits of the recipe that the model does not keep, as sentences.
+        report: file name of the HTML report, "" for none.
+        results: measurements for the card's `model-index`.
     """
 
     title: str
@@ -59,6 +95,56 @@ class CardFacts:
     layer_map: str = ""
     onnx: str = ""
     missed: Sequence[str] = ()
+    report: str = ""
+    results: Sequence[Score] = ()
+
+
+def card_facts(run: Run, auto_class: str, layer_map: str = "", report: str = "") -> CardFacts:
+    """What the card of a run says.
+
+    Args:
+        run: the folder's manifest.
+        auto_class: transformers auto class that loads the folder.
+        layer_map: file name of the map, "" for none.
+        report: file name of the HTML report, "" for none.
+    """
+    rows = run.rows
+    missed = [f"`{e.name}: {_short(e.limit)}` got {_short(e.value)}" for e in run.expectations if not e.ok]
+    return CardFacts(
+        title=run.title,
+        source=str(part(run.recipe, "model").get("source") or run.source.name),
+        source_card=run.source.card,
+        auto_class=auto_class,
+        layout=run.layout,
+        loads=run.loads,
+        removed=[summary(rows), *details(rows)],
+        measured=lines(run.before, run.after),
+        notes=run.notes,
+        prompt=run.prompt,
+        samples=run.samples,
+        recipe=run.recipe_text(),
+        versions=run.versions,
+        layer_map=layer_map,
+        onnx="onnx" if run.onnx else "",
+        report=report,
+        # The hub would list figures of a model that its own recipe does not accept.
+        results=() if missed else _results(run),
+        missed=missed,
+    )
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _results(run: Run) -> list[Score]:
+    value = run.after.get("perplexity")
+    asked = part(run.recipe, "evaluate", "perplexity")
+    if value is None or not math.isfinite(value) or not asked:
+        return []
+    data = Path(str(asked.get("data", ""))).name
+    windows = f"{asked.get('sequences')} windows of {asked.get('length_tokens')} tokens"
+    return [Score("perplexity", f"Perplexity, {windows}", float(value), data)]
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -76,11 +162,19 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def read_inherited(folder: Path) -> dict[str, Any]:
+    """What a pruned model takes over from its source's card: licence, languages and task, as JSON values."""
+    found = read_metadata(folder)
+    kept = {key: found[key] for key in _INHERITED if key in found}
+    return {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in kept.items()}
+
+
 def metadata(facts: CardFacts) -> dict[str, Any]:
     """Metadata of the new card; the base model only where it is a hub id, the licence only where the source says it."""
     known = PACKAGED.get(facts.source, {})
     inherited = {key: facts.source_card[key] for key in _INHERITED if key in facts.source_card}
-    block: dict[str, Any] = {"library_name": "transformers", **known, **inherited}
+    task = {"pipeline_tag": _TASKS[facts.auto_class]} if facts.auto_class in _TASKS else {}
+    block: dict[str, Any] = {"library_name": "transformers", **task, **known, **inherited}
     if "base_model" not in block and _HUB_ID.fullmatch(facts.source) and not Path(facts.source).exists():
         block["base_model"] = facts.source
     tags = ["prunekit", "pruning", "pruned"]
@@ -90,7 +184,27 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
         tags.append("onnx")
     if facts.missed:
         tags.append("not-accepted")
-    return {**block, "tags": tags}
+    return {**block, "tags": tags, **_model_index(facts, str(block.get("pipeline_tag", "")))}
+
+
+def _model_index(facts: CardFacts, task: str) -> dict[str, Any]:
+    """The results in the form the hub reads, {} without any or without a task."""
+    if not facts.results or not task:
+        return {}
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=score.data,
+            dataset_name=score.data,
+            metric_type=score.metric,
+            metric_name=score.name,
+            metric_value=score.value,
+        )
+        for score in facts.results
+    ]
+    return {"model-index": eval_results_to_model_index(facts.title, results)}
 
 
 def model_card(facts: CardFacts) -> str:
@@ -104,6 +218,8 @@ def model_card(facts: CardFacts) -> str:
     parts += ["## What was removed", _bullets(facts.removed) or "Nothing."]
     if facts.layer_map:
         parts.append(f"![which sub-layers were kept, narrowed or removed]({facts.layer_map})")
+    if facts.report:
+        parts.append(f"Scores, removal order, samples, checks and provenance: [{facts.report}]({facts.report}).")
     if facts.measured:
         parts += ["## Before and after", markdown(facts.measured)]
         parts += [_bullets(facts.notes)] if facts.notes else []

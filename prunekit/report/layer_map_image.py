@@ -36,7 +36,9 @@ def write_layer_map(rows: Sequence[Row], path: Path, title: str = "") -> None:
     axes = figure.add_axes((left / width, 0.62 / height, cells_width / width, 0.86 / height))
     _draw_cells(axes, rows)
     _draw_axes(axes, rows)
-    figure.text(0.2 / width, 1 - 0.25 / height, title, fontsize=11, fontweight="bold", color=TEXT, va="center")
+    figure.text(
+        0.2 / width, 1 - 0.25 / height, title, fontsize=11, fontweight="bold", color=TEXT, va="center", parse_math=False
+    )
     figure.text(0.2 / width, 1 - 0.5 / height, summary(rows), fontsize=9, color=TEXT, va="center")
     _draw_legend(axes, rows)
     figure.savefig(path, dpi=150, format="png", metadata={"Software": "prunekit"})

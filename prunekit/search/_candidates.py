@@ -20,7 +20,8 @@ def candidates(kind: str, addresses: Sequence[str], removed: frozenset[str], kep
     """Units that may go next, in execution order.
 
     Args:
-        kind: `sublayers`, `attention`, `ffn`, `blocks`, `pairs` or `mixed` (sub-layers and pairs).
+        kind: `sublayers`, `attention`, `ffn`, `blocks`, `pairs` (an attention and an FFN that follow each other, where
+            those left still take turns) or `mixed` (sub-layers, and pairs whatever is left).
         addresses: sub-layers of the dense model in execution order.
         removed: those that are gone.
         kept: those that must stay.
@@ -38,8 +39,10 @@ def candidates(kind: str, addresses: Sequence[str], removed: frozenset[str], kep
         found = [(address,) for address in alive]
     elif kind in ("attention", "ffn"):
         found = [(address,) for address in alive if kind_of(address) == kind]
-    if kind in ("pairs", "mixed"):
-        found += [pair for pair in pairwise(alive) if _leaves_turns(alive, pair)]
+    if kind == "pairs":
+        found = [pair for pair in pairwise(alive) if _leaves_turns(alive, pair)]
+    elif kind == "mixed":
+        found += [pair for pair in pairwise(alive) if kind_of(pair[0]) != kind_of(pair[1])]
     return [units for units in found if len(units) < len(alive) and not kept.intersection(units)]
 
 

@@ -34,8 +34,8 @@ class FinerCut:
             perplexity is what the search lowers; angular: angle between logits; norm: length of their difference. A
             model without logits takes angular or norm, on its last hidden states.
         candidates: what goes in one step: sublayers, attention, ffn, blocks, pairs (two neighbours whose removal
-            leaves attention and FFN taking turns, so that the result is a shorter stock model) or mixed (sub-layers
-            and pairs). null: the step's kind of unit.
+            leaves attention and FFN taking turns, so that the result is a shorter stock model) or mixed (sub-layers,
+            and an attention and an FFN that are neighbours among those left). null: the step's kind of unit.
         per: null takes the smallest distance, as the paper does; params, flops, kv_bytes or latency_ms takes the
             smallest distance added for what is saved. Latency is measured on the calibration data.
         protect_front: the paper's rate x. Of n sub-layers, those of the first floor(n x / 2) + 1 blocks stay until

@@ -43,7 +43,8 @@ class Architecture:
         lists: configuration lists with an entry a block, and the sub-layer that an entry speaks of.
         stock_widths: width kinds that a stock configuration can say when all blocks are alike.
         block: pattern of tensor names up to the block's number.
-        sublayers: tensors of `attention` and `ffn` by the name after the block's number.
+        sublayers: tensors of `attention` and `ffn` by the name after the block's number; the last matrix of each leads
+            back to the residual stream.
         outer: tensors outside blocks by pattern.
         ignored: patterns of stored buffers that are no weights.
         head: pattern of the output matrix, "" where there is none.
@@ -74,6 +75,10 @@ class Architecture:
     def renumbered(self, name: str, block: int) -> str:
         """A block tensor's name in another block."""
         return re.sub(rf"^({self.block})\d+\.", lambda match: f"{match[1]}{block}.", name)
+
+    def output_projection(self, kind: str) -> str:
+        """Name after the block's number of the matrix that leads from heads or neurons to the residual stream."""
+        return [name for name, pattern in self.sublayers[kind].items() if len(pattern.layout or ()) == 2][-1]
 
     def find_outer(self, name: str) -> Pattern | None:
         """What a tensor outside blocks is; None where the architecture does not know it."""

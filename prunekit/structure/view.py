@@ -89,6 +89,7 @@ class Group:
         members: tensors of each unit; for widths one entry, the tensors that all units share.
         axis: for widths the axis that a unit is one position of, else "".
         sizes: for widths the size of every axis in the members' layouts.
+        output: for widths the matrix by which the units lead back to the residual stream.
     """
 
     kind: str
@@ -97,6 +98,7 @@ class Group:
     members: tuple[tuple[TensorRef, ...], ...]
     axis: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
+    output: TensorRef | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,12 @@ class ModelView:
                 address = f"{sublayer.address}.{kind}"
                 units = tuple(f"{address}.{i}" for i in range(sublayer.widths[axis]))
                 members = tuple(ref for ref in sublayer.tensors if any(axis in dim for dim in ref.layout))
-                yield Group(kind, address, units, (members,), axis, self.sizes(sublayer))
+                yield Group(kind, address, units, (members,), axis, self.sizes(sublayer), self.output(sublayer))
+
+    def output(self, sublayer: SubLayer) -> TensorRef:
+        """The matrix by which a sub-layer leads back to the residual stream."""
+        wanted = self.arch.output_projection(sublayer.kind)
+        return next(ref for ref in sublayer.tensors if (place := self.arch.split(ref.name)) and place[1] == wanted)
 
 
 class _Shape:

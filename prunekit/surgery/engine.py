@@ -33,6 +33,7 @@ def apply(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = NULL_PROGRESS,
     layout: Layout | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> Layout:
     """Writes the cut checkpoint; the source is only read.
 
@@ -45,6 +46,8 @@ def apply(
         max_shard_bytes: largest weight file.
         progress: told of bytes written.
         layout: format of the result; the simplest that can hold it by default.
+        replaced: new values of tensors by their names in the source, in the types of the source and the shapes that
+            the plan leaves.
     Returns:
         The layout.
     Raises:
@@ -59,7 +62,7 @@ def apply(
     config = cut_config(view, plan, layout)
     source = view.checkpoint.folder
     others = model_files(source)
-    tensors = sorted(_tensors(view, cuts, layout), key=lambda pair: _place(view, pair[0]))
+    tensors = sorted(_tensors(view, cuts, layout, replaced or {}), key=lambda pair: _place(view, pair[0]))
     write_weights(folder, [tensor for _, tensor in tensors], max_shard_bytes, progress)
     with disk_errors(folder):
         write_json(folder / "config.json", config)
@@ -88,7 +91,9 @@ def _placed(view: ModelView, layout: Layout) -> Iterator[tuple[int, SubLayer]]:
         yield from ((new, sublayer) for sublayer in parts if sublayer is not None)
 
 
-def _tensors(view: ModelView, cuts: Mapping[str, Keep], layout: Layout) -> Iterator[tuple[TensorRef, OutTensor]]:
+def _tensors(
+    view: ModelView, cuts: Mapping[str, Keep], layout: Layout, replaced: Mapping[str, Tensor]
+) -> Iterator[tuple[TensorRef, OutTensor]]:
     """Every tensor of the result beside the one it comes from."""
     for ref in view.outer:
         yield ref, OutTensor(ref.name, ref.dtype, ref.shape, _stored(view, ref))
@@ -97,7 +102,9 @@ def _tensors(view: ModelView, cuts: Mapping[str, Keep], layout: Layout) -> Itera
         for ref in sublayer.tensors:
             shape = cut_shape(ref.shape, ref.layout, sizes, keep)
             content: Stored | Callable[[], Iterator[Tensor]] = _stored(view, ref)
-            if any(axis in keep for dim in ref.layout for axis in dim):
+            if ref.name in replaced:
+                content = partial(iter, [replaced[ref.name]])
+            elif any(axis in keep for dim in ref.layout for axis in dim):
                 content = partial(cut_pieces, view.checkpoint, ref, sizes, keep)
             yield ref, OutTensor(view.renamed(ref.name, new), ref.dtype, shape, content)
 

@@ -18,8 +18,22 @@ from prunekit.cli.main import build, main, summary, verbs
 from prunekit.core.errors import ExpectationError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["prune", "inspect", "score", "plan", "apply", "export", "verify", "evaluate", "compare"]
-VERBS += ["recipes", "methods", "explain"]
+VERBS = [
+    "prune",
+    "inspect",
+    "score",
+    "plan",
+    "apply",
+    "export",
+    "verify",
+    "evaluate",
+    "compare",
+    "report",
+    "diagnose",
+    "recipes",
+    "methods",
+    "explain",
+]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -47,6 +47,7 @@ assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert type(AutoModel.from_pretrained(again, trust_remote_code=True)).__name__ == "PrunekitQwen2Model"
 import sys
 assert not any(name.split(".")[0] == "prunekit" for name in sys.modules)
+assert not [name for name in sys.modules if "modeling_llama" in name or "modeling_bert" in name]
 """
 
 

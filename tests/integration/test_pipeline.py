@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import prunekit.pipeline.carry_out as carry_out
 from prunekit import pipeline
@@ -72,7 +73,8 @@ def test_run_writes_a_whole_folder_and_leaves_the_source_alone(small: Small, tmp
     assert digest(source) == before
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
     names = {p.name for p in (tmp_path / "o").iterdir()}
-    assert {"model.safetensors", "config.json", "prunekit.json", "recipe.yaml", "README.md", "layer_map.png"} <= names
+    assert {"model.safetensors", "config.json", "prunekit.json", "recipe.yaml"} <= names
+    assert {"README.md", "layer_map.png", "report.html"} <= names
     manifest = json.loads((tmp_path / "o" / "prunekit.json").read_text())
     assert manifest["source"]["sha256"]["model.safetensors"] == before["model.safetensors"]
     assert manifest["after"]["block_params"] * BLOCKS == manifest["before"]["block_params"] * (BLOCKS - 1)
@@ -93,6 +95,43 @@ def test_search_ends_in_the_layout_its_candidates_promise(
     result = pipeline.run(asked, tmp_path / "o")
     assert result.made.layout.kind in (layout, "stock")
     assert result.verified.ok
+
+
+REPAIR = {"method": "least_squares", "calibrate": {"sequences": 8, "length_tokens": 16}}
+
+
+def test_repaired_folder_computes_what_the_repaired_dense_model_does(small: Small, tmp_path: Path) -> None:
+    asked = recipe(small("llama"), step("sublayers", {"search": "finercut"}, units=2), repair=REPAIR)
+    result = pipeline.run(asked, tmp_path / "o")
+    assert result.verified.ok
+    # Compared in a fresh process with the dense model without what was removed, repaired the same way.
+    assert result.verified.max_abs_diff is not None
+    assert result.verified.max_abs_diff < 1e-9
+    assert result.made.repaired
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "asked",
+    [step("sublayers", {"search": "finercut"}, units=2), step("neurons", {"score": "wanda"}, remove=0.25)],
+    ids=["sublayers", "neurons"],
+)
+def test_repair_changes_output_projections_alone(
+    small: Small, tmp_path: Path, family: str, asked: dict[str, Any], unverified: None
+) -> None:
+    raw = pipeline.run(recipe(small(family), asked), tmp_path / "raw")
+    repaired = pipeline.run(recipe(small(family), asked, repair=REPAIR), tmp_path / "repaired")
+    assert raw.made.plan == repaired.made.plan
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("raw", "repaired"))
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    changed = {name.rpartition(".")[0] for name in before if not before[name].equal(after[name])}
+    last = ("o_proj", "down_proj", "c_proj")
+    assert changed
+    assert {name.rpartition(".")[2] for name in changed} <= set(last)
+    manifest = json.loads((tmp_path / "repaired" / "prunekit.json").read_text())
+    assert manifest["repair"]["knobs"] == {"ridge": 0.3}
+    assert manifest["repair"]["error"] > 0
+    assert load_recipe(tmp_path / "repaired" / "recipe.yaml").repair.calibrate.sequences == 8
 
 
 def test_later_steps_choose_from_what_earlier_ones_left(small: Small, tmp_path: Path, unverified: None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +25,22 @@ class Maps:
         generator = torch.Generator().manual_seed(0)
         self.table = torch.randn(50, 16, generator=generator)
         self.maps = torch.randn(5, 16, 16, generator=generator) * 0.2
+        self.seen: Callable[[str, Tensor, Tensor], None] | None = None
 
     def enter(self, batch: dict[str, Tensor]) -> Any:
         return SimpleNamespace(hidden=self.table[batch["input_ids"]])
 
     def run(self, i: int, hidden: Tensor, state: Any) -> Tensor:
-        return hidden + hidden @ self.maps[i]
+        leaving = hidden @ self.maps[i]
+        if self.seen is not None:
+            self.seen(self.addresses[i], hidden, leaving)
+        return hidden + leaving
+
+    @contextmanager
+    def projections(self, seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+        self.seen = seen
+        yield
+        self.seen = None
 
     def boundaries(self, ids: Tensor) -> list[Tensor]:
         found = [self.table[ids]]
@@ -57,6 +69,17 @@ def test_cosine_equals_the_plain_mean_over_tokens(batch_size: int) -> None:
     for address, (a, b) in spans.items():
         expected = cosine(h[a], h[b])[MASK.bool()].mean()
         assert float(found[f"cosine/{address}"]) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_projection_equals_the_plain_moments_over_tokens(batch_size: int) -> None:
+    found = collect(STACK, PADDED, ("projection",), batch_size=batch_size)
+    h = STACK.boundaries(IDS)
+    for i, address in enumerate(STACK.addresses):
+        rows = h[i][MASK.bool()].double()
+        torch.testing.assert_close(found[f"projection/mean/{address}"].double(), rows.mean(0), rtol=1e-6, atol=1e-6)
+        square = found[f"projection/square/{address}"].double()
+        torch.testing.assert_close(square, rows.square().mean(0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6])

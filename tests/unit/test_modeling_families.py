@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
 from prunekit.core.errors import PlanError
 from prunekit.modeling import modeling_prunekit
 from prunekit.modeling.families import (
-    HETERO_FAMILIES,
     hetero_classes,
     hetero_config_class,
     hetero_config_fields,
+    hetero_families,
     hetero_model_type,
 )
 from tests.tiny import FAMILIES
 
 
-def test_table_names_the_classes_there_are() -> None:
-    named = {name for family in HETERO_FAMILIES for name in (*hetero_classes(family), hetero_config_class(family))}
-    assert named == {name for name in vars(modeling_prunekit) if name.startswith("Prunekit")}
+def test_table_is_that_of_the_modeling_file() -> None:
+    assert hetero_families() == tuple(modeling_prunekit.CLASSES)
+    for family in hetero_families():
+        assert (hetero_config_class(family), *hetero_classes(family)) == modeling_prunekit.class_names(family)
 
 
-@pytest.mark.parametrize("family", HETERO_FAMILIES)
+@pytest.mark.parametrize("name", ["PrunekitLlama", "PrunekitLlamaForAnything", "Llama", "__path__"])
+def test_modeling_file_has_no_other_class(name: str) -> None:
+    with pytest.raises(AttributeError, match=name):
+        getattr(modeling_prunekit, name)
+
+
+@pytest.mark.parametrize("family", hetero_families())
 def test_classes_agree_with_the_table(family: str) -> None:
     config = getattr(modeling_prunekit, hetero_config_class(family))
     assert config.model_type == hetero_model_type(family)
     for name, auto in hetero_classes(family).items():
         cls = getattr(modeling_prunekit, name)
+        assert (cls.__name__, cls.__module__) == (name, modeling_prunekit.__name__)
+        assert cls is getattr(modeling_prunekit, name)
+        assert getattr(transformers, auto)._model_mapping[config] is cls
         assert cls.config_class is config
         assert cls._auto_class == auto
 
 
 def test_every_tiny_family_has_classes() -> None:
-    assert set(FAMILIES) == set(HETERO_FAMILIES)
+    assert set(FAMILIES) == set(hetero_families())
 
 
 def test_fields_of_a_language_model() -> None:

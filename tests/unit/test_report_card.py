@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from prunekit.report.card import CardFacts, metadata, model_card, read_metadata
+from prunekit.report.card import CardFacts, card_facts, metadata, model_card, read_inherited, read_metadata
+from prunekit.report.run import Run
 from prunekit.report.table import lines
+from tests.runs import manifest, old_manifest
 
 FACTS = CardFacts(
     title="smollm2-135m-instruct, 12 of 60 sub-layers removed",
@@ -92,3 +94,40 @@ def test_card_shows_map_table_recipe_and_versions() -> None:
 def test_sample_cannot_close_its_fence() -> None:
     text = model_card(replace(FACTS, prompt="Write code", samples={"dense": "```\nx = 1\n```\n# not a heading"}))
     assert "````text\n```\nx = 1" in text
+
+
+def test_hub_reads_the_card_back(tmp_path: Path) -> None:
+    """The hub's own parser finds base model, licence, task, tags and the measured result."""
+    from huggingface_hub import ModelCard
+
+    data = manifest()
+    data["source"]["card"] = {"license": "mit", "language": ["en", "de"]}
+    data["recipe"]["model"]["source"] = "smollm2-135m-instruct"
+    run = Run.model_validate(data)
+    (tmp_path / "README.md").write_text(model_card(card_facts(run, "AutoModelForCausalLM", "map.png", "report.html")))
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    found = card.data
+    assert (found.base_model, found.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "mit")
+    assert (found.pipeline_tag, found.library_name, found.language) == ("text-generation", "transformers", ["en", "de"])
+    assert {"prunekit", "pruning", "custom_code"} <= set(found.tags)
+    (result,) = found.eval_results
+    assert (result.task_type, result.dataset_name) == ("text-generation", "wikitext2_eval")
+    assert (result.metric_type, result.metric_value) == ("perplexity", 43.7)
+    assert result.metric_name == "Perplexity, 8 windows of 128 tokens"
+    assert card.text.lstrip().startswith("# a run")
+
+
+@pytest.mark.parametrize("perplexity", [None, float("inf")])
+def test_no_result_that_is_no_number(perplexity: float | None) -> None:
+    data = manifest()
+    data["after"]["perplexity"] = perplexity
+    assert "model-index" not in metadata(card_facts(Run.model_validate(data), "AutoModelForCausalLM"))
+
+
+def test_card_of_an_older_folder() -> None:
+    assert "## What was removed" in model_card(card_facts(Run.model_validate(old_manifest()), "AutoModel"))
+
+
+def test_only_what_holds_for_the_result_is_inherited(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags: [x]\ndate: 2020-01-01\n---\n")
+    assert read_inherited(tmp_path) == {"license": "mit", "language": ["en"]}

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from prunekit.modeling.families import auto_class
 from prunekit.report.facts import facts_table
-from prunekit.report.folder import Story, auto_class, write_report
+from prunekit.report.folder import write_report
 from prunekit.report.layer_map import Cell, Row
 from prunekit.report.outcome import outcome
-
-STORY = Story(
-    name="mine, smaller",
-    source="/models/mine",
-    layout="heterogeneous",
-    loads={"transformers with import prunekit": "AutoModelForCausalLM"},
-    before={"params": 40_000_000, "sample": "the dense model"},
-    after={"params": 30_000_000, "sample": "the cut model"},
-    recipe="schema: 1",
-    prompt="Once",
-)
+from tests.runs import manifest, write_run
 
 
 def printed(renderable: Any) -> str:
@@ -33,25 +23,25 @@ def printed(renderable: Any) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_folder_gets_card_and_map(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    (source / "README.md").write_text("---\nlicense: mit\n---\n")
-    attention = SimpleNamespace(address="blocks.0.attention", kind="attention", widths={"kv": 1, "rep": 2, "hd": 4})
-    ffn = SimpleNamespace(address="blocks.0.ffn", kind="ffn", widths={"ffn": 8})
-    view = SimpleNamespace(
-        blocks=[SimpleNamespace(index=0, attention=attention, ffn=ffn)],
-        checkpoint=SimpleNamespace(folder=source),
-        config={"architectures": ["LlamaForCausalLM"]},
-    )
-    write_report(target, view, SimpleNamespace(drop=("blocks.0.ffn",), keep={}), STORY)  # type: ignore[arg-type]
-    card = (target / "README.md").read_text()
-    assert sorted(p.name for p in target.iterdir()) == ["README.md", "layer_map.png"]
+def test_folder_gets_card_map_and_report_from_its_manifest(tmp_path: Path) -> None:
+    data = manifest()
+    data["source"]["card"] = {"license": "mit"}
+    write_report(write_run(tmp_path, data))
+    card = (tmp_path / "README.md").read_text()
+    names = {"README.md", "config.json", "layer_map.png", "prunekit.json", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names
     assert "license: mit" in card
-    assert "removed ffn: 0" in card
+    assert "removed ffn: 7, 9" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
-    assert "the cut model" in card
+    assert "there was a dog" in card
+    assert "(report.html)" in card
+
+
+def test_title_is_no_formula(tmp_path: Path) -> None:
+    data = manifest()
+    data["recipe"]["name"] = "costs $x_{ and $"
+    write_report(write_run(tmp_path, data))
+    assert (tmp_path / "layer_map.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

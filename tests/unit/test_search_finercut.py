@@ -45,9 +45,12 @@ def openings(kind: str, addresses: Iterable[str], removed: frozenset[str]) -> li
     """What may go, spelt out."""
     alive = [address for address in addresses if address not in removed]
     singles = [(address,) for address in alive]
+    neighbours = [
+        pair for pair in itertools.pairwise(alive) if pair[0].rpartition(".")[2] != pair[1].rpartition(".")[2]
+    ]
     pairs = [
         pair
-        for pair in itertools.pairwise(alive)
+        for pair in neighbours
         if [a.rpartition(".")[2] for a in alive if a not in pair] == [A, M] * (len(alive) // 2 - 1)
     ]
     return {
@@ -56,7 +59,7 @@ def openings(kind: str, addresses: Iterable[str], removed: frozenset[str]) -> li
         "ffn": [part for part in singles if part[0].endswith(M)],
         "blocks": [(f"blocks.{i}.{A}", f"blocks.{i}.{M}") for i in range(BLOCKS) if f"blocks.{i}.{A}" in alive],
         "pairs": pairs,
-        "mixed": singles + pairs,
+        "mixed": singles + neighbours,
     }[kind]
 
 

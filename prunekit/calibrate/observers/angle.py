@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ class Angle:
     execution order, the last one the output of the last block. Memory: that matrix, and one vector for each boundary
     and sequence of the running batch.
     """
+
+    point: ClassVar[Literal["residual"]] = "residual"
 
     def __init__(self) -> None:
         self._boundaries: list[Tensor] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -12,6 +14,8 @@ class Cosine:
 
     Keys: `cosine/<address>` for every block and sub-layer, float32 scalars in [-1, 1].
     """
+
+    point: ClassVar[Literal["residual"]] = "residual"
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}

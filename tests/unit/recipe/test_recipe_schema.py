@@ -18,6 +18,15 @@ def test_schema_offers_each_method_with_its_own_knobs() -> None:
     assert greedy["required"] == ["search"]
 
 
+def test_schema_offers_repairs_with_their_knobs_and_data() -> None:
+    definitions = json_schema()["$defs"]
+    assert {"$ref": "#/$defs/repair_least_squares"} in definitions["Repair"]["oneOf"]
+    entry = definitions["repair_least_squares"]
+    assert entry["properties"]["method"] == {"const": "least_squares"}
+    assert set(entry["properties"]) == {"method", "calibrate", "ridge"}
+    assert entry["required"] == ["method"]
+
+
 def test_schema_refers_only_to_what_it_defines() -> None:
     schema = json_schema()
 

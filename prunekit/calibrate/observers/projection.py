@@ -1,0 +1,48 @@
+"""Mean and mean square of what enters the output projection of each sub-layer."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+
+class Projection:
+    """Moments of every channel that enters an output projection, over all tokens that are not padding.
+
+    Keys: `projection/mean/<address>` and `projection/square/<address>` for every sub-layer, float32 [width]; width is
+    heads times head width for attention, neurons for an FFN.
+    """
+
+    point: ClassVar[Literal["projection"]] = "projection"
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def update(self, address: str, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
+        """Takes in one sub-layer; see `Observer`."""
+        rows = before.flatten(0, -2) if mask is None else before[mask.to(before.device).bool()]
+        wide = rows.double()
+        self._add(address, torch.stack([wide.sum(0), wide.square().sum(0)]).cpu(), rows.shape[0])
+
+    def flush(self) -> None:
+        """Nothing to do: tokens are independent of each other."""
+
+    def merge(self, other: Projection) -> None:
+        """Takes in another observer's sums."""
+        for address, sums in other._sums.items():
+            self._add(address, sums, other._counts[address])
+
+    def value(self) -> dict[str, Tensor]:
+        """The moments by key."""
+        found: dict[str, Tensor] = {}
+        for address, sums in self._sums.items():
+            mean, square = (sums / max(1, self._counts[address])).float()
+            found |= {f"projection/mean/{address}": mean, f"projection/square/{address}": square}
+        return found
+
+    def _add(self, address: str, sums: Tensor, count: int) -> None:
+        self._sums[address] = self._sums[address] + sums if address in self._sums else sums
+        self._counts[address] = self._counts.get(address, 0) + count
