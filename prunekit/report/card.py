@@ -127,8 +127,7 @@ def card_facts(run: Run, auto_class: str, layer_map: str = "", report: str = "")
         layer_map=layer_map,
         onnx="onnx" if run.onnx else "",
         report=report,
-        # The hub would list figures of a model that its own recipe does not accept.
-        results=() if missed else _results(run),
+        results=_results(run),
         missed=missed,
     )
 

@@ -292,6 +292,7 @@ def test_nan_is_an_error_and_nothing_is_kept(small: Small, tmp_path: Path) -> No
     assert not list((tmp_path / "cache").rglob("*.json"))
 
 
+@pytest.mark.slow
 def test_exported_folder_gives_torchs_perplexity(small: Small, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     from prunekit.export.onnx import export_onnx
