@@ -44,7 +44,7 @@ def compare(
     The first model is the one that the others are compared with, usually the dense one.
     """
     from prunekit.cli._files import require_free
-    from prunekit.cli.evaluate import checked, open_subjects, write_result
+    from prunekit.cli.evaluate import checked, named_tasks, open_subjects, write_result
     from prunekit.evaluate.compare import Comparison
     from prunekit.evaluate.run import evaluate as run
     from prunekit.report.evaluation import comparison
@@ -54,10 +54,11 @@ def compare(
     if output is not None:
         require_free(output, overwrite)
     out = Output(json=json, quiet=quiet)
+    named = named_tasks(task, limit)
     with out.progress() as progress:
         subjects = open_subjects(models, device, dtype, batch_size, progress)
         _require_alike(subjects)
-        work = checked(subjects, task, suite, limit, alike=True)
+        work = checked(subjects, named, suite, limit, alike=True)
         asked = _kl_windows(subjects, text, windows, length_tokens) if kl else None
         evaluations = run(work, fresh, progress=progress, talk=out.talk)
         divergences = _divergences(subjects, asked, text, progress)

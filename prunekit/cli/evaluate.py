@@ -15,6 +15,7 @@ from prunekit.core.errors import UsageError
 if TYPE_CHECKING:
     from prunekit.core.progress import Progress
     from prunekit.evaluate.run import Work
+    from prunekit.evaluate.specs import Asked
     from prunekit.evaluate.subject import Subject
 
 
@@ -48,9 +49,10 @@ def evaluate(
     if output is not None:
         require_free(output, overwrite)
     out = Output(json=json, quiet=quiet)
+    named = named_tasks(task, limit)
     with out.progress() as progress:
         subjects = open_subjects(models, device, dtype, batch_size, progress)
-        work = checked(subjects, task, suite, limit)
+        work = checked(subjects, named, suite, limit)
         evaluations = _measured(work, fresh, progress, out)
     from prunekit.report.evaluation import figures_table
 
@@ -82,9 +84,20 @@ def open_subjects(
     return subjects
 
 
+def named_tasks(task: Sequence[str] | None, limit: int | None) -> list[Asked]:
+    """Tasks as typed behind `--task`, before any model is looked for.
+
+    Raises:
+        UsageError: for the first that is wrong.
+    """
+    from prunekit.evaluate.specs import parse_task
+
+    return [parse_task(text, limit) for text in task or ()]
+
+
 def checked(
     subjects: Sequence[Subject],
-    task: Sequence[str] | None,
+    named: Sequence[Asked],
     suite: str | None,
     limit: int | None,
     alike: bool = False,
@@ -93,7 +106,7 @@ def checked(
 
     Args:
         subjects: the models.
-        task: as typed behind `--task`.
+        named: from `named_tasks`.
         suite: as typed behind `--suite`.
         limit: most examples of each task.
         alike: give all models the suite that fits the one that reads least.
@@ -101,10 +114,8 @@ def checked(
         UsageError: for what cannot be measured, before any model is loaded.
     """
     from prunekit.evaluate.run import check
-    from prunekit.evaluate.specs import parse_task
     from prunekit.evaluate.specs import suite as tasks_of
 
-    named = [parse_task(text, limit) for text in task or ()]
     chosen = suite or (None if named else "quick")
     known = [subject.positions for subject in subjects if subject.positions is not None]
     least = min(known, default=None)
