@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic.fields import FieldInfo
 
 from prunekit.core.recipe_model import REGISTRIES
-from prunekit.core.registry import METRICS, REPAIRS, Registry
+from prunekit.core.registry import METRICS, REPAIRS, TASKS, Registry
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,32 @@ def card(role: str, name: str) -> Card:
         knobs=_knobs(cls, arguments(text)),
         example=dict(getattr(cls, "example", {})),
     )
+
+
+@dataclass(frozen=True)
+class TaskCard:
+    """A task of `prunekit evaluate` as its reference shows it."""
+
+    name: str
+    summary: str
+    body: str
+    reads: tuple[str, ...]
+    figures: tuple[str, ...]
+    knobs: tuple[Knob, ...]
+
+
+def task_card(name: str) -> TaskCard:
+    """What a task's class says about it.
+
+    Raises:
+        UsageError: if there is no such task.
+    """
+    cls = TASKS.get(name)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    summary, _, rest = text.partition("\n")
+    # Where figures depend on the options, the class holds a property.
+    figures = cls.figures if isinstance(cls.figures, tuple) else ()
+    return TaskCard(name, summary.strip(), _body(rest), tuple(cls.reads), figures, _knobs(cls, arguments(text)))
 
 
 def arguments(docstring: str) -> dict[str, str]:

@@ -158,6 +158,7 @@ def _problem(error: Mapping[str, Any], known: list[str]) -> Problem:
 
 
 _MISSING = {
+    "task": "the name of what is measured, for example `{task: multiple_choice, data: arc_easy}`",
     "schema": "write `schema: 1` at the top",
     "model": "for example `model: {source: smollm2-135m-instruct}`",
     "source": "a folder, a hub id, a GGUF file or a packaged model's name",

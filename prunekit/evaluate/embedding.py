@@ -74,7 +74,7 @@ def _compare(
 ) -> EmbeddingResult:
     sequences = next(iter(batch.values())).shape[0]
     cosines, largest = [], 0.0
-    vectors = _pooled if pooled else _answer
+    vectors = pooled_vectors if pooled else _answer
     with torch.no_grad(), progress.task("comparing", total=sequences, unit="sequences") as task:
         for first in range(0, sequences, batch_size):
             part = {name: value[first : first + batch_size] for name, value in batch.items()}
@@ -90,8 +90,13 @@ def _compare(
     return EmbeddingResult(float(found.mean()), float(found.min()), largest, sequences)
 
 
-def _pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean of the last hidden state over positions that are not padding, float64 [sequences, hidden] on the CPU."""
+def pooled_vectors(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean of the last hidden state over positions that are not padding, float64 [sequences, hidden] on the CPU.
+
+    Args:
+        model: any with a base model, in eval mode.
+        batch: its inputs by name [sequences, ...]; without `attention_mask` every position counts.
+    """
     hidden = model.base_model(**_on(model, batch)).last_hidden_state.double().cpu()
     mask = batch.get("attention_mask")
     if mask is None:

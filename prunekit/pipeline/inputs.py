@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prunekit.core.errors import UsageError
+from prunekit.core.recipe_model import DEVICES
 from prunekit.modeling.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -102,9 +104,19 @@ def device_of(recipe: Recipe) -> str:
     Raises:
         UsageError: if this machine has no such device.
     """
+    return device_named(recipe.model.device)
+
+
+def device_named(wanted: str) -> str:
+    """The device that a name means: `auto` is the first GPU, or the CPU without one.
+
+    Raises:
+        UsageError: if there is no such device, or the name is none.
+    """
     import torch
 
-    wanted = recipe.model.device
+    if not re.fullmatch(DEVICES, wanted):
+        raise UsageError(f"`{wanted}` is no device", hint="allowed: auto, cpu, mps, cuda, cuda:1")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda"):
