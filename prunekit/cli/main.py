@@ -28,6 +28,8 @@ _ORDER = (
     "apply",
     "export",
     "verify",
+    "evaluate",
+    "compare",
     "report",
     "diagnose",
     "recipes",

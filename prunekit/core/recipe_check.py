@@ -9,11 +9,12 @@ from prunekit.core.errors import PrunekitError
 from prunekit.core.recipe_fields import knob_problems
 from prunekit.core.recipe_model import ALTERNATING, EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Kind
 from prunekit.core.recipe_problems import Problem, near
-from prunekit.core.registry import REPAIRS
+from prunekit.core.registry import METRICS, REPAIRS
+from prunekit.core.task_options import label_of, make_task, split_limit, task_problems
 from prunekit.core.yaml_lines import KeyPath
 
 KINDS = get_args(Kind)
-_NO_KV = ("ffn", "neurons", "query_heads")
+_NO_KV = ("ffn", "neurons", "query_heads", "experts")
 
 
 def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
@@ -30,10 +31,57 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
             problems += _alternating(step, path)
             problems += _method(step, path)
     problems += _repair(data)
+    problems += _select(data)
     problems += _export(data)
     problems += _require(data)
+    tasks = _inside(data, "evaluate", "tasks")
+    figures, found = _tasks(tasks if isinstance(tasks, list) else [])
+    problems += found
     problems += _expect(data)
+    problems += _figure_limits(_inside(data, "expect", "figures"), figures)
     return problems
+
+
+def _tasks(tasks: list[Any]) -> tuple[dict[str, tuple[str, ...]], list[Problem]]:
+    """Figures of every sound task by its label, and what is wrong with the others."""
+    figures: dict[str, tuple[str, ...]] = {}
+    problems: list[Problem] = []
+    for index, entry in enumerate(tasks):
+        path: KeyPath = ("evaluate", "tasks", index)
+        given = {"task": entry} if isinstance(entry, str) else entry
+        if not isinstance(given, Mapping) or not isinstance(given.get("task"), str):
+            continue
+        options = {key: value for key, value in given.items() if key not in ("task", "name")}
+        found = task_problems(given["task"], options, path)
+        problems += found
+        if found:
+            continue
+        task = make_task(given["task"], options)
+        name = given.get("name")
+        label = label_of(given["task"], task, name if isinstance(name, str) else None)
+        if label in figures:
+            hint = "give one of them another with `name`"
+            problems.append(Problem(f"two tasks go by the name `{label}`", path, hint=hint))
+        figures[label] = task.figures
+    return figures, problems
+
+
+def _figure_limits(limits: Any, figures: Mapping[str, tuple[str, ...]]) -> Iterator[Problem]:
+    """`expect.figures` keys that name no task, or a figure that it does not give."""
+    for key in limits if isinstance(limits, Mapping) else ():
+        path: KeyPath = ("expect", "figures", key)
+        split = split_limit(str(key), figures)
+        if split is None:
+            hint = "write `arc_easy.acc_min: 0.4`: a task's name, its figure, then _min or _max"
+            yield Problem(f"`{key}` is no limit of a figure", path, hint=hint)
+            continue
+        label, figure = split
+        if label not in figures:
+            known = f"there are: {', '.join(figures)}" if figures else "add it to `evaluate.tasks`"
+            yield Problem(f"`evaluate.tasks` has no `{label}`", path, hint=near(label, figures) or known)
+        elif figures[label] and figure not in figures[label]:
+            hint = near(figure, figures[label]) or f"there are: {', '.join(figures[label])}"
+            yield Problem(f"`{label}` gives no figure `{figure}`", path, hint=hint)
 
 
 def _budget(step: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
@@ -148,6 +196,19 @@ def _kinds(cls: type, name: str, kind: Any, path: KeyPath) -> list[Problem]:
             hint=f"for {kind}: {', '.join(others)}" if others else "no method chooses these yet",
         )
     ]
+
+
+def _select(data: Mapping[str, Any]) -> Iterator[Problem]:
+    name = _inside(data, "calibrate", "select", "metric")
+    if not isinstance(name, str):
+        return
+    usable = [metric for metric in METRICS.names() if "labels" not in METRICS.get(metric).needs]
+    path = ("calibrate", "select", "metric")
+    if name not in METRICS.names():
+        yield Problem(f"no metric named `{name}`", path, hint=near(name, usable) or f"there are: {', '.join(usable)}")
+    elif name not in usable:
+        why = "it needs labels, which calibration data has not"
+        yield Problem(f"`metric: {name}` is not possible here", path, why=why, hint=f"use one of: {', '.join(usable)}")
 
 
 def _export(data: Mapping[str, Any]) -> Iterator[Problem]:

@@ -56,4 +56,6 @@ class Registry:
 
 SCORES = Registry("score", "prunekit.scores")
 SEARCHES = Registry("search", "prunekit.search")
+TASKS = Registry("task", "prunekit.evaluate.tasks")
 REPAIRS = Registry("repair", "prunekit.repair")
+METRICS = Registry("metric", "prunekit.datasets.metrics")

@@ -15,7 +15,7 @@ from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
 from prunekit.core.types import Order, Scores
-from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, tokenizer_for
+from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, selected_batch, tokenizer_for
 from prunekit.pipeline.weights import reading
 from prunekit.plan.after import after
 from prunekit.plan.allocate import Scored, allocate
@@ -118,8 +118,10 @@ class Bench:
     @cached_property
     def batch(self) -> Mapping[str, Tensor]:
         """Calibration inputs; made before the model is loaded, so that missing data costs nothing."""
-        calibrate = self.recipe.calibrate
-        return model_batch(self.source, tokenizer_for(self.source, self.recipe), calibrate, calibrate.seed)
+        calibrate, tokenizer = self.recipe.calibrate, tokenizer_for(self.source, self.recipe)
+        if calibrate.select is not None:
+            return selected_batch(self.source, tokenizer, self.recipe, calibrate.select)
+        return model_batch(self.source, tokenizer, calibrate, calibrate.seed)
 
     @cached_property
     def stack(self) -> Stack:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _CLASS_PREFIX = "Prunekit"
 # Runtimes with model code of their own, as `runtimes.yaml` describes them.
 _FILE = Path(__file__).with_name("runtimes.yaml")
+# Families that the export is tested with; it compares every graph with torch, whatever the family.
+_EXPORTED = ("llama", "qwen2", "qwen3", "gpt2", "bert", "vit")
 # Sub-layers that a suggestion names one by one.
 _NAMED = 3
 
@@ -122,9 +124,17 @@ def places(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Place]:
             found[name] = Place(runtime.title, False, why, change)
         else:
             found[name] = _stock_place(view, plan, runtime)
-    found["onnxruntime"] = Place("ONNX Runtime", True, "through `prunekit export`")
+    found["onnxruntime"] = _onnx(view)
     found["onnxruntime_genai"] = _genai(view)
     return found
+
+
+def _onnx(view: ModelView) -> Place:
+    if view.section:
+        return Place("ONNX Runtime", False, "models that see are not exported")
+    if view.model_type not in _EXPORTED:
+        return Place("ONNX Runtime", None, f"`prunekit export` is not tested with `{view.model_type}`")
+    return Place("ONNX Runtime", True, "through `prunekit export`")
 
 
 def _genai(view: ModelView) -> Place:
@@ -140,8 +150,10 @@ def _stock_place(view: ModelView, plan: Plan, runtime: Runtime) -> Place:
     names = view.config.get("architectures") or ()
     name = str(names[0]).removeprefix(_CLASS_PREFIX) if names else ""
     if name not in runtime.classes:
-        has = "it has no class" if runtime.unlisted is False else "whether it has a class"
-        return Place(runtime.title, runtime.unlisted, f"{has} for `{name or view.model_type}`", source=runtime.source)
+        # The language model inside a model that sees may be taken by a class of its own.
+        state = None if view.section else runtime.unlisted
+        has = "it has no class" if state is False else "whether it has a class"
+        return Place(runtime.title, state, f"{has} for `{name or view.model_type}`", source=runtime.source)
     hits: dict[str, Rule] = {}
     changed = changed_kinds(view, plan)
     for rule in runtime.rules:
@@ -162,13 +174,13 @@ def _stock_place(view: ModelView, plan: Plan, runtime: Runtime) -> Place:
 def _applies(when: str, view: ModelView, changed: frozenset[str]) -> bool:
     word, _, key = when.partition(" ")
     if word == "with":
-        return bool(view.config.get(key))
+        return bool(view.text.get(key))
     return key not in view.config if word == "without" else word in changed
 
 
 def changed_kinds(view: ModelView, plan: Plan) -> frozenset[str]:
-    """`heads` and `neurons` where what is left has other widths than the hidden width or the configuration gives."""
-    found = set()
+    """Which of `heads`, `neurons` and `experts` a plan makes fewer; heads only where they leave the hidden width."""
+    found: set[str] = set()
     for sublayer in _left(view, plan):
         widths = kept_widths(sublayer, plan)
         if sublayer.kind == "attention":
@@ -176,8 +188,9 @@ def changed_kinds(view: ModelView, plan: Plan) -> frozenset[str]:
             # The dense model itself may have heads that do not make up the hidden width.
             if cut and widths["kv"] * widths["rep"] * widths["hd"] != view.hidden:
                 found.add("heads")
-        elif widths != sublayer.widths:
-            found.add("neurons")
+        else:
+            names = {"ffn": "neurons", "experts": "experts"}
+            found |= {names[axis] for axis, size in widths.items() if size != sublayer.widths[axis]}
     return frozenset(found)
 
 

@@ -22,7 +22,8 @@ class Plan:
     Args:
         drop: addresses of the sub-layers that go whole, in execution order.
         keep: positions that stay, ascending, by `blocks.3.ffn.neurons`, `blocks.3.attention.kv_groups` or
-            `blocks.3.attention.query_heads` (positions inside a KV group, the same in every group).
+            `blocks.3.attention.query_heads` (positions inside a KV group, the same in every group); `neurons` of an
+            FFN with experts are positions inside an expert, the same in every expert.
         model: what the plan was made for: model type, and the widths of every block.
     """
 
@@ -73,6 +74,14 @@ class Plan:
         if owner in self.drop:
             raise PlanError(f"the plan narrows `{address}` and drops `{owner}`", hint="it can only do one of them")
         width = _width(view, address)
+        if kind in view.arch.fixed and len(kept) < width:
+            raise PlanError(f"`{address}` cannot be narrowed", why=view.arch.fixed[kind])
+        if kind == "experts" and 0 < len(kept) < min(view.active_experts, width):
+            raise PlanError(
+                f"the plan leaves {len(kept)} experts in `{owner}`",
+                why=f"every token passes {view.active_experts}",
+                hint=f"keep at least {view.active_experts}, for example with `min_keep`",
+            )
         if not kept:
             raise PlanError(f"the plan leaves no {kind} in `{owner}`", why=f"all {width} would go", hint="remove less")
         if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= width:
@@ -127,6 +136,6 @@ def _width(view: ModelView, address: str) -> int:
     """Units there are at a width address."""
     owner, _, kind = address.rpartition(".")
     found = next((sublayer for sublayer in view.sublayers if sublayer.address == owner), None)
-    if found is None or kind not in WIDTHS or WIDTHS[kind][0] != found.kind:
+    if found is None or kind not in WIDTHS or WIDTHS[kind][1] not in found.widths:
         raise PlanError(f"the plan narrows `{address}`, which the model does not have")
     return found.widths[WIDTHS[kind][1]]

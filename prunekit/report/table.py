@@ -56,10 +56,10 @@ class Line:
 
 
 def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Line]:
-    """Lines for every known measurement that both or either side has.
+    """Lines for every known measurement that both or either side has, then for every figure of a task.
 
     Args:
-        before: values by key as in `MEASURES`; None or missing where not measured.
+        before: values by key as in `MEASURES`, None or missing where not measured; and under `figures` those of tasks.
         after: the same for the cut model.
     Returns:
         Lines in the order of `MEASURES`. 134515008 -> 107000000 parameters reads `parameters  M  134.5  107.0  -20.5`.
@@ -71,6 +71,10 @@ def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Line]:
             continue
         scale, unit = _scale(measure.unit, max(abs(v) for v in (a, b) if v is not None))
         shown.append(Line(measure.label, unit, _number(a, scale), _number(b, scale), _change(a, b)))
+    figures = [side.get("figures") or {} for side in (before, after)]
+    for key in dict.fromkeys([*figures[0], *figures[1]]):
+        a, b = figures[0].get(key), figures[1].get(key)
+        shown.append(Line(key, "", _number(a, 1.0), _number(b, 1.0), _change(a, b)))
     return shown
 
 

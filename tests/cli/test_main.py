@@ -26,6 +26,8 @@ VERBS = [
     "apply",
     "export",
     "verify",
+    "evaluate",
+    "compare",
     "report",
     "diagnose",
     "recipes",

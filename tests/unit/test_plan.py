@@ -41,6 +41,26 @@ def test_plan_survives_its_file(view: ModelView, tmp_path: Path) -> None:
     assert plan.drop == ("blocks.0.attention", "blocks.2.ffn")
 
 
+def test_experts_must_be_as_many_as_a_token_passes(tmp_path: Path) -> None:
+    moe = ModelView.open(write_tiny("mixtral", tmp_path))
+    assert moe.active_experts == 2
+    with pytest.raises(PlanError, match="leaves 1 experts") as caught:
+        Plan.make(moe, keep={"blocks.1.ffn.experts": (3,)})
+    assert "2" in caught.value.why
+    plan = Plan.make(moe, keep={f"blocks.{i}.ffn.experts": (0, i % 3 + 1) for i in range(BLOCKS)})
+    layout = choose_layout(moe, plan)
+    assert layout.kind == "stock"
+    (tmp_path / "cut").mkdir()
+    apply(moe, plan, tmp_path / "cut")
+    cut = ModelView.open(tmp_path / "cut")
+    assert cost(cut) == cost(moe, plan) == cost(after(moe, plan))
+    assert cut.config["num_local_experts"] == 2
+    expert = 3 * HIDDEN * FFN
+    assert cost(moe).params - cost(cut).params == BLOCKS * 2 * (expert + HIDDEN)
+    # The router is narrower; a token still passes two experts.
+    assert cost(moe).flops_per_token - cost(cut).flops_per_token == BLOCKS * 2 * 2 * HIDDEN
+
+
 def test_keeping_everything_is_no_cut(view: ModelView) -> None:
     assert Plan.make(view, keep={"blocks.1.ffn.neurons": range(FFN)}).keep == {}
 

@@ -108,7 +108,6 @@ ONE = {
     "heal": (GOOD + "heal: {method: distill}\n", 7, "heal", "`heal` is not built yet", "known here: schema"),
     "runtime": (GOOD + "runtime: {}\n", 7, "runtime", "`runtime` is not built yet", "known here"),
     "rewire": (GOOD + "  - rewire: kv_heads\n    to: {groups: 1}\n", 7, "steps.1.rewire", "not built yet", "remove"),
-    "experts": (step("experts"), 4, "steps.0.remove", "`remove: experts` is not built yet", "kv_groups"),
     "vocab": (step("vocab"), 4, "steps.0.remove", "`remove: vocab` is not built yet", "kv_groups"),
     "gguf": (GOOD + "export: {formats: [safetensors, gguf]}\n", 7, "export.formats.1", "not built yet", "onnx"),
     "unknown format": (GOOD + "export: {formats: [safetensors, onxn]}\n", 7, "export.formats.1", "onxn", "`onnx`"),
