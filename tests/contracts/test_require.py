@@ -160,3 +160,15 @@ def test_requirement_that_any_layout_keeps_restricts_nothing(tmp_path: Path) -> 
     step = {**STEP, "remove": "attention", "budget": {"units": 1}}
     made = make_plan(recipe(folder, [step], require=["prunekit", "onnxruntime", "remote_code"]))
     assert made.layout.kind == "heterogeneous"
+
+
+def test_block_that_must_stay_for_a_stock_model_is_protected(tmp_path: Path) -> None:
+    """ModernBERT's first attention has no norm, those of other blocks have."""
+    folder = write_tiny("modernbert", tmp_path / "m")
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}
+    for required in (True, False):
+        for seed in range(8):
+            step = {"remove": "blocks", "by": {"score": "random", "seed": seed}, "budget": {"units": 1}}
+            made = make_plan(recipe(folder, [step], require=["transformers"] if required else []))
+            kinds[required].add(made.layout.kind)
+    assert kinds == {True: {"stock"}, False: {"stock", "heterogeneous"}}
