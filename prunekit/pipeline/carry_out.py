@@ -14,7 +14,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
-from prunekit.pipeline.mend import as_stored, mended, put_into
+from prunekit.pipeline.mend import as_stored, mended, put_into, repair_inputs
 from prunekit.plan.loads import loads
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
         raise ExportError(f"`{output}` is the model itself", hint="give another folder")
     check_evaluation(view, recipe)
     tokenizer = tokenizer_for(view, recipe) if _needs_tokenizer(recipe) else None
+    repair_inputs(recipe, view)
     subject = subject_of(recipe, view, tokenizer)
     check([(subject, sections_of(recipe)), (subject, tasks_of(recipe))])
 

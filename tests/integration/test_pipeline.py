@@ -276,6 +276,30 @@ def test_perplexity_of_an_encoder_is_refused_before_any_work(small: Small, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("family", "repair", "error", "words"),
+    [
+        ("llama", {"calibrate": {"sequences": 10**6}}, UsageError, "is too short"),
+        ("bert", {}, PlanError, "a norm follows each sum"),
+    ],
+)
+def test_a_repair_that_cannot_be_is_refused_before_any_search(
+    small: Small,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    repair: dict[str, Any],
+    error: type,
+    words: str,
+) -> None:
+    monkeypatch.setattr(carry_out, "make_plan", None)
+    asked = recipe(small(family), BLOCK, repair={"method": "least_squares", **repair})
+    with pytest.raises(error) as caught:
+        pipeline.run(asked, tmp_path / "o")
+    assert words in f"{caught.value.what} {caught.value.why}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_interrupted_run_leaves_nothing_and_the_next_one_works(small: Small, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
