@@ -129,7 +129,8 @@ def _has(*keys: str) -> Callable[[Any], bool]:
 
 
 def _read_own(view: ModelView, data: Any) -> Plan:
-    return Plan.from_json(data)
+    # A manifest, and what `--json` prints, hold a plan.
+    return Plan.from_json(data["plan"] if isinstance(data["plan"], Mapping) else data)
 
 
 def _write_own(view: ModelView, plan: Plan, model: str) -> str:

@@ -73,6 +73,12 @@ def test_random_plans_come_back_as_they_were(view: ModelView, name: str, tmp_pat
     assert (said[False] > 5) == (name not in ("prunekit", "per_layer_config"))
 
 
+def test_manifest_is_a_plan(view: ModelView, tmp_path: Path) -> None:
+    plan = random_plan(view, random.Random(3))
+    (tmp_path / "prunekit.json").write_text(json.dumps({"schema": 1, "plan": plan.to_json()}))
+    assert read_plan(tmp_path / "prunekit.json", view) == plan
+
+
 def written(view: ModelView, name: str, *drop: str, **keep: Any) -> str:
     return plan_text(
         view, Plan.make(view, drop, {key.replace("_", "."): kept for key, kept in keep.items()}), name, "m"
