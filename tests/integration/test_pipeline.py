@@ -97,6 +97,15 @@ def test_search_ends_in_the_layout_its_candidates_promise(
     assert result.verified.ok
 
 
+def test_required_runtime_makes_a_search_take_pairs(small: Small) -> None:
+    made = pipeline.make_plan(
+        recipe(small("llama"), step("sublayers", {"search": "finercut"}, units=2), require=["vllm"])
+    )
+    assert made.layout.kind in ("stock", "repacked")
+    assert made.orders[0].provenance["candidates"] == "pairs"
+    assert [len(entry.units) for entry in made.orders[0].steps] == [2]
+
+
 REPAIR = {"method": "least_squares", "calibrate": {"sequences": 8, "length_tokens": 16}}
 
 
