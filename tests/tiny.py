@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +181,8 @@ NEURONS = {"dinov2": 2 * HIDDEN}
 ENCODERS = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "electra", "modernbert")
 TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 DECODERS = tuple(family for family in FAMILIES if family not in (*ENCODERS, *TEXT_TOWERS, *IMAGE_MODELS))
+# Base models, which give hidden states.
+WITHOUT_LOGITS = tuple(family for family, (_, name, _) in FAMILIES.items() if re.search(r"(?<!LMHead)Model$", name))
 # Several query heads to a key and value.
 GROUPED = tuple(family for family in DECODERS if family not in ("gpt2", "gpt_neox", "opt"))
 # A language model inside a model that sees.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.calibrate.stack import Stack
+from prunekit.core.errors import EvaluationError
 from prunekit.core.types import Panel
 from prunekit.evaluate.diagnostics._subject import DIAGNOSTICS, Subject
 from prunekit.evaluate.diagnostics.activation_norms import ActivationNorms
@@ -23,7 +24,7 @@ from prunekit.evaluate.diagnostics.variance_kurtosis import VarianceKurtosis, ku
 from prunekit.modeling.modeling_prunekit import skip
 from prunekit.report.diagnosis import diagnosis_table, write_diagnosis
 from tests.heterogeneous import without
-from tests.tiny import BLOCKS, HEADS, SEQUENTIAL, tiny_inputs, tiny_model
+from tests.tiny import BLOCKS, DECODERS, HEADS, IMAGE_MODELS, SEQUENTIAL, tiny_inputs, tiny_model
 
 Measure = Callable[..., dict[str, Panel]]
 
@@ -193,9 +194,15 @@ def test_padding_does_not_count() -> None:
             assert torch.tensor(panel.values).allclose(torch.tensor(beside[key].values), atol=1e-5), key
 
 
-@pytest.mark.parametrize("family", SEQUENTIAL)
+def test_attention_that_is_not_shown_is_refused_by_name() -> None:
+    of = subject(tiny_model("mpnet"), tiny_inputs("mpnet", 2, 10), False)
+    with pytest.raises(EvaluationError, match="does not show its attention weights"):
+        DIAGNOSTICS.get("attention_entropy")().measure(of)
+
+
+@pytest.mark.parametrize("family", [family for family in SEQUENTIAL if family != "mpnet"])
 def test_every_diagnostic_measures_every_family(family: str, tmp_path: Path) -> None:
-    decoder = family not in ("bert", "vit")
+    decoder = family in DECODERS
     of = subject(tiny_model(family), tiny_inputs(family, 2, 10), decoder)
     panels = [panel for name in DIAGNOSTICS.names() for panel in DIAGNOSTICS.get(name)().measure(of)]
     for panel in panels:
@@ -204,7 +211,7 @@ def test_every_diagnostic_measures_every_family(family: str, tmp_path: Path) -> 
         assert all(math.isfinite(value) for row in panel.values for value in row)
     names = {panel.name for panel in panels}
     assert ("retrieval" in names) == decoder
-    assert ("local" in names) == (family != "vit")
+    assert ("local" in names) == (family not in IMAGE_MODELS)
 
 
 def test_model_that_lacks_sublayers_has_gaps(tmp_path: Path) -> None:
