@@ -45,6 +45,9 @@ _SECTIONS = (
     ("Calibrate", "calibrate"),
     ("Step", "steps"),
     ("Budget", "steps: budget"),
+    ("Repair", "repair"),
+    ("Heal", "heal"),
+    ("HealText", "heal.data"),
     ("Evaluate", "evaluate"),
     ("Perplexity", "evaluate.perplexity"),
     ("Embedding", "evaluate.embedding"),
@@ -207,8 +210,8 @@ def index_page(cards: list[Card]) -> str:
         rows.append(_row(link, entry.role, entry.status, ", ".join(entry.kinds), needs, entry.summary))
     intro = (
         "For people who choose a method. A score gives every unit one number and the lowest go; a search runs the cut "
-        "model to decide what goes next; a repair fits new weights to what is left. `preview` becomes `stable` once a "
-        "published or own number is reproduced.\n"
+        "model to decide what goes next; a repair fits new weights to what is left; healing trains it. `preview` "
+        "becomes `stable` once a published or own number is reproduced.\n"
     )
     return "\n".join(["# Methods\n", _MADE, intro, *rows])
 

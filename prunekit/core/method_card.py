@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic.fields import FieldInfo
 
 from prunekit.core.recipe_model import REGISTRIES
-from prunekit.core.registry import REPAIRS, Registry
+from prunekit.core.registry import HEALS, REPAIRS, Registry
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def method_names() -> list[tuple[str, str]]:
 
 def registries() -> dict[str, Registry]:
     """All methods by role: those that choose what goes, and those that make up for it."""
-    return {**REGISTRIES, "repair": REPAIRS}
+    return {**REGISTRIES, "repair": REPAIRS, "heal": HEALS}
 
 
 def card(role: str, name: str) -> Card:
     """Card of one method.
 
     Args:
-        role: `score`, `search` or `repair`.
+        role: `score`, `search`, `repair` or `heal`.
         name: registry name.
     Raises:
         UsageError: if there is no such method.
@@ -176,8 +176,8 @@ def type_text(hint: Any) -> str:
 
 def example_step(entry: Card) -> str:
     """YAML of the part of a recipe that uses the method, with its `example` knobs."""
-    if entry.role == "repair":
-        return f"repair: {yaml_text({'method': entry.name, **entry.example})}\n"
+    if entry.role in ("repair", "heal"):
+        return f"{entry.role}: {yaml_text({'method': entry.name, **entry.example})}\n"
     kind = entry.kinds[0] if entry.kinds else "blocks"
     by = yaml_text({entry.role: entry.name, **entry.example})
     return f"steps:\n  - remove: {kind}\n    by: {by}\n    budget: {{remove: 0.2, of: params}}\n"

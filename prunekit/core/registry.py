@@ -57,3 +57,4 @@ class Registry:
 SCORES = Registry("score", "prunekit.scores")
 SEARCHES = Registry("search", "prunekit.search")
 REPAIRS = Registry("repair", "prunekit.repair")
+HEALS = Registry("heal", "prunekit.heal.methods")
