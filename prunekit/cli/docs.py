@@ -87,6 +87,8 @@ def recipe_page() -> str:
     for name, title in _SECTIONS:
         definition = schema["$defs"][name]
         parts += [f"## {title}\n", definition["description"] + "\n", _table(definition)]
+        if name in ("Repair", "Heal"):
+            parts.append("The [method's](../methods/index.md) own knobs stand beside these keys.\n")
         if name == "Step":
             parts.append(
                 "`by` is `{score: NAME, ...}` or `{search: NAME, ...}`: a method with its knobs beside its name. "
@@ -102,6 +104,8 @@ def _table(definition: Mapping[str, Any]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     required = definition.get("required", [])
     for key, value in definition["properties"].items():
+        if key == "knobs":
+            continue
         default = value.get("default")
         plain = default is not None and not isinstance(default, Mapping)
         shown = "required" if key in required else f"`{yaml_text(default)}`" if plain else ""

@@ -177,7 +177,8 @@ def type_text(hint: Any) -> str:
 def example_step(entry: Card) -> str:
     """YAML of the part of a recipe that uses the method, with its `example` knobs."""
     if entry.role in ("repair", "heal"):
-        return f"{entry.role}: {yaml_text({'method': entry.name, **entry.example})}\n"
+        shared = {"data": "wikitext2", "steps": 200, "lr": 1e-4} if entry.role == "heal" else {}
+        return f"{entry.role}: {yaml_text({'method': entry.name, **shared, **entry.example})}\n"
     kind = entry.kinds[0] if entry.kinds else "blocks"
     by = yaml_text({entry.role: entry.name, **entry.example})
     return f"steps:\n  - remove: {kind}\n    by: {by}\n    budget: {{remove: 0.2, of: params}}\n"

@@ -111,6 +111,8 @@ def heal(scene: Scene, work: Path) -> Healed:
         if is_first_rank() and not sealed(work):
             shutil.rmtree(work, ignore_errors=True)
         raise
+    if told.get("held_out_after", 0.0) > told.get("held_out_before", 0.0):
+        scene.talk("the held-out loss is worse than before training: a lower `heal.lr` or more steps may help")
     model = _lora.merged(trained) if asked.train == "lora" else model
     round_as_stored(model, checkpoint, names)
     length = next(iter(data.inputs.values())).shape[1]

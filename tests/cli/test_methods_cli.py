@@ -40,14 +40,14 @@ def test_explain_shows_the_whole_card(role: str, name: str, capsys) -> None:
     assert text.startswith(f"{name}  {role}, {entry.status}\n")
     for knob in entry.knobs:
         assert knob.name in text
-    assert f"by: {{{role}: {name}" in text or f"repair: {{method: {name}" in text
+    assert f"by: {{{role}: {name}" in text or f"{role}: {{method: {name}" in text
 
 
 @pytest.mark.parametrize(("role", "name"), method_names(), ids=[name for _, name in method_names()])
 def test_each_method_explains_each_knob(role: str, name: str) -> None:
     entry = card(role, name)
     assert entry.summary
-    assert bool(entry.kinds) == (role != "repair")
+    assert bool(entry.kinds) == (role not in ("repair", "heal"))
     assert entry.evidence
     assert [knob.name for knob in entry.knobs if not knob.meaning] == []
 

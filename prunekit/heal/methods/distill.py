@@ -46,7 +46,7 @@ class Distill:
         "additions"
     )
     status: ClassVar[str] = "preview"
-    example: ClassVar[dict[str, Any]] = {"steps": 200, "data": "wikitext2", "lr": 1.0e-4, "top_k": 64}
+    example: ClassVar[dict[str, Any]] = {"top_k": 64}
 
     @model_validator(mode="after")
     def _together(self) -> Distill:

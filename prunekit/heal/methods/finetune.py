@@ -31,7 +31,7 @@ class Finetune:
         "full precision instead of quantised weights; all weights by default, adapters by option"
     )
     status: ClassVar[str] = "preview"
-    example: ClassVar[dict[str, Any]] = {"steps": 200, "data": "wikitext2", "lr": 5.0e-5}
+    example: ClassVar[dict[str, Any]] = {}
 
     def check(self, decoder: bool) -> None:
         """Fails for an encoder.
