@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from prunekit.core.errors import UsageError
 from prunekit.heal.scene import Scene
 from prunekit.modeling.quiet import quiet
 
-_SEQUENCES_AT_ONCE = 64
+# Of the KV cache while the teacher writes; a step takes a GPU as long for one sequence as for hundreds.
+_CACHE_BYTES = {"cpu": 1e9, "cuda": 8e9, "mps": 2e9}
+_MOST_AT_ONCE = 512
 
 
 def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iterator[Tensor]:
@@ -25,14 +28,14 @@ def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iter
         prompts: what they begin with, int64 [count, tokens]; None begins with the BOS token (EOS where there is none).
         seed: of the draws; torch's own state stays as it was.
     Returns:
-        int64 [at most 64, T] on the CPU, several times.
+        int64 [at most 512, T] on the CPU, several times.
     """
     length = scene.asked.length_tokens
     begin = torch.full((count, 1), _begin(scene), dtype=torch.int64) if prompts is None else prompts
     model = scene.load_teacher()
     scene.talk(f"the teacher writes {count} sequences of {length} tokens")
     with scene.progress.task("sampling from the teacher", total=count, unit="sequences") as task:
-        for number, part in enumerate(begin.split(_SEQUENCES_AT_ONCE)):
+        for number, part in enumerate(begin.split(_at_once(model, length, scene.device))):
             with torch.random.fork_rng(), torch.no_grad(), quiet():
                 torch.manual_seed(seed * 1_000_003 + number)
                 ids = model.generate(
@@ -50,6 +53,15 @@ def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iter
                 )
             yield ids.cpu()
             task.advance(len(part))
+
+
+def _at_once(model: Any, length: int, device: str) -> int:
+    """Sequences whose keys and values fit."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return max(1, min(_MOST_AT_ONCE, int(_CACHE_BYTES[device] / (a_token * length))))
 
 
 def _begin(scene: Scene) -> int:
