@@ -41,9 +41,9 @@ def heal(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train what a cut left: distillation from the dense model, or fine-tuning. The folder is only read.
+    """Train what a cut left: distillation from the dense model, or fine-tuning.
 
-    A killed run goes on where it was when the same command is given again.
+    The folder is only read. A killed run goes on where it was when the same command is given again.
 
     Several devices: torchrun --nproc-per-node 4 -m prunekit.cli.main heal out/cut --output out/healed
     """

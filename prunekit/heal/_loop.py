@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from prunekit.core.errors import HealError, UsageError
 from prunekit.heal._checkpoints import drop_unfinished, latest, seal, sealed
 from prunekit.heal._data import Data
-from prunekit.heal.scene import Objective, Scene
+from prunekit.heal.scene import Objective, Scene, is_first_rank, ranks
 
 if TYPE_CHECKING:
     from prunekit.core.progress import Task
@@ -125,7 +124,7 @@ def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path
     """
     asked = scene.asked
     checkpoint = latest(work)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         drop_unfinished(work)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if checkpoint:
@@ -146,17 +145,21 @@ def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            why = "each process must hold the whole model"
+            raise UsageError("healing under FSDP or DeepSpeed is not possible", why=why, hint="use torchrun alone")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _told(trainer.state, watch, asked.steps)
 
 
 def _arguments(scene: Scene, data: Data, work: Path, *, begins: bool) -> TrainingArguments:
-    asked, ranks = scene.asked, int(os.environ.get("WORLD_SIZE", "1"))
-    at_once = asked.batch // (asked.accumulate * ranks)
-    if at_once * asked.accumulate * ranks != asked.batch:
+    asked = scene.asked
+    shares = asked.accumulate * ranks()
+    at_once = asked.batch // shares
+    if at_once * shares != asked.batch:
         raise UsageError(
-            f"`heal.batch: {asked.batch}` cannot be split over {ranks} processes of {asked.accumulate} passes",
-            hint=f"use a multiple of {asked.accumulate * ranks}",
+            f"`heal.batch: {asked.batch}` cannot be split over {ranks()} processes of {asked.accumulate} passes",
+            hint=f"use a multiple of {shares}",
         )
     watched = len(data.held_out) > 0
     arguments = TrainingArguments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.registry import HEALS
-from prunekit.heal.scene import Scene
+from prunekit.heal.scene import Scene, is_first_rank, place
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Heal
@@ -40,11 +39,6 @@ class Healed:
         from prunekit.heal._weights import write_changed
 
         return write_changed(self.checkpoint, self.model, self.names, folder, max_shard_bytes, progress)
-
-
-def is_first_rank() -> bool:
-    """Whether this process writes; of several that torchrun or accelerate started, the first does."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def check(asked: Heal, decoder: bool) -> None:
@@ -92,7 +86,7 @@ def heal(scene: Scene, work: Path) -> Healed:
 
     asked = scene.asked
     checkpoint = Checkpoint.open(scene.student)
-    model = load_model(scene.student, "float32", scene.device, scene.trust_remote_code)
+    model = load_model(scene.student, "float32", place(scene.device), scene.trust_remote_code)
     names = names_of(model, checkpoint)
     data = gather(scene)
     method = HEALS.get(asked.method)(**asked.knobs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,10 @@ Talk = Callable[[str], None]
 TOKENS_AT_ONCE = 4096
 
 
+def _silent(text: str) -> None:
+    """Says nothing."""
+
+
 @dataclass(frozen=True)
 class Scene:
     """One healing.
@@ -38,6 +44,8 @@ class Scene:
         device: `cpu`, `cuda` or `mps`.
         matches: dense block whose output each block of the cut model should give; None where nobody knows.
         trust_remote_code: whether code in the student's folder may run.
+        made_from: what the cut model was made from, where that can be told from its plan; else its files tell it apart
+            from others. A repair on a GPU need not give the same bits twice.
         cache: folder for what the teacher says; the usual one by default.
         progress: bars.
         talk: told in a line what happens now.
@@ -52,13 +60,16 @@ class Scene:
     device: str
     matches: tuple[int, ...] | None = None
     trust_remote_code: bool = False
+    made_from: str | None = None
     cache: Path | None = None
     progress: Progress = NULL_PROGRESS
-    talk: Talk = print
+    talk: Talk = _silent
 
     @cached_property
     def student_digest(self) -> str:
-        """Of weights and configuration."""
+        """Of what the cut model was made from, or of its files."""
+        if self.made_from is not None:
+            return hashlib.sha256(self.made_from.encode()).hexdigest()
         return _digest(self.student)
 
     @cached_property
@@ -75,6 +86,21 @@ class Scene:
     def cached(self, kind: str, key: str) -> Path:
         """Where something that the teacher said lies, by its digest."""
         return cache_folder(self.cache) / "heal" / f"{kind}-{key[:24]}"
+
+
+def ranks() -> int:
+    """Processes that train together, as torchrun or accelerate started them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes; of several the first does."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def place(device: str) -> str:
+    """The device of this process, of a kind: `cuda` is `cuda:1` for the second process of a host."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
 
 
 class Objective(Protocol):
@@ -129,7 +155,5 @@ def require_same_vocabulary(student: Mapping[str, Any], teacher: Mapping[str, An
 
 
 def _digest(folder: Path) -> str:
-    import hashlib
-
     names = ["config.json", *sorted(file.name for file in folder.glob("*.safetensors"))]
     return hashlib.sha256("".join(sha256_file(folder / name) for name in names).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from prunekit.pipeline.healing import (
     check_healing,
     healed_in_place,
     notes_of,
+    require_one_process,
     scene_of,
     work_folder,
 )
@@ -125,6 +127,8 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     from prunekit.checkpoint.sources import resolve
     from prunekit.structure.view import ModelView
 
+    if recipe.heal is not None:
+        require_one_process()
     require_free_folder(output, overwrite)
     device_of(recipe)
     if ONNX in recipe.export.formats:
@@ -165,7 +169,7 @@ def _finish(
     about: Mapping[str, Any] = {}
     if recipe.heal is not None:
         talk(f"healing by {recipe.heal.method}")
-        scene = scene_of(recipe, made.view, folder, made.layout.pairs, dense, progress, talk)
+        scene = scene_of(recipe, made.view, folder, made.layout.pairs, dense, _made_from(recipe, made), progress, talk)
         reference, about = healed_in_place(scene, work_folder(output), recipe.export.max_shard_bytes)
         clock.lap("heal")
         cut, after = after, {**after, **_again(measurer, dense, folder)}
@@ -189,6 +193,12 @@ def _measured(measurer: Measurer, made: Made, dense: Any, folder: Path) -> tuple
     """Measurements of the dense model and of the cut one."""
     before = {**asdict(made.before), "file_bytes": made.view.checkpoint.file_bytes, **measurer.measure(dense, dense)}
     return before, {**asdict(made.after), **_again(measurer, dense, folder)}
+
+
+def _made_from(recipe: Recipe, made: Made) -> str:
+    """What the cut model was made from, besides the source."""
+    repair = None if recipe.repair is None else recipe.effective()["repair"]
+    return json.dumps([made.plan.to_json(), made.layout.kind, repair], sort_keys=True)
 
 
 def _again(measurer: Measurer, dense: Any, folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.heal.run import Healed, check, heal
-from prunekit.heal.scene import Scene, matches
+from prunekit.heal.scene import Scene, matches, place, ranks
 from prunekit.modeling.load import load_model, load_tokenizer
 from prunekit.pipeline.choose import Talk, silent
 from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 # A reference in float64 takes 8 bytes a parameter; above this the check in fresh processes goes without one.
 REFERENCE_PARAMS = 400_000_000
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def require_one_process() -> None:
+    """Fails where several processes would write the same folder.
+
+    Raises:
+        UsageError: if torchrun or accelerate started more than one.
+    """
+    if ranks() > 1:
+        raise UsageError(
+            "a recipe with `heal` runs in one process",
+            why=f"{ranks()} were started",
+            hint="prune without `heal` first, then start `prunekit heal` on many",
+        )
 
 
 def work_folder(output: Path) -> Path:
@@ -61,6 +75,7 @@ def scene_of(
     student: Path,
     pairs: Sequence[Pair] | None,
     dense: Any = None,
+    made_from: str | None = None,
     progress: Progress = NULL_PROGRESS,
     talk: Talk = silent,
 ) -> Scene:
@@ -72,6 +87,7 @@ def scene_of(
         student: folder of the cut model.
         pairs: source blocks of each of its blocks; None where nobody knows.
         dense: the dense model where it is in memory already; used if its type is the one asked for.
+        made_from: see `Scene`.
         progress: bars.
         talk: told in a line what happens now.
     Raises:
@@ -84,7 +100,7 @@ def scene_of(
     def load_teacher() -> Any:
         if dense is not None and str(dense.dtype) == f"torch.{asked.dtype}":
             return dense
-        return load_model(folder, asked.dtype, device, trusted)
+        return load_model(folder, asked.dtype, place(device), trusted)
 
     return Scene(
         asked=asked,
@@ -96,6 +112,7 @@ def scene_of(
         device=device,
         matches=None if pairs is None else matches(pairs, len(view.blocks)),
         trust_remote_code=trusted,
+        made_from=made_from,
         progress=progress,
         talk=talk,
     )

@@ -79,6 +79,7 @@ def test_recipe_heals_after_cut_and_repair_and_verifies_what_was_healed(small: S
     card = (tmp_path / "o" / "README.md").read_text()
     assert "| | unit | before | cut | after | change (%) |" in card
     assert "Healed by distill (all): 6 steps" in card
+    assert '<th scope="col" class="r">cut</th>' in (tmp_path / "o" / "report.html").read_text()
     assert any(line.startswith("step 6 of 6: held-out loss") for line in said)
 
 
@@ -93,6 +94,12 @@ def test_healing_that_cannot_be_is_refused_before_any_work(small: Small, tmp_pat
         with pytest.raises(error, match=words):
             pipeline.run(recipe(folder, heal=heal), tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+def test_prune_in_many_processes_is_refused(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="a recipe with `heal` runs in one process"):
+        pipeline.run(recipe(small("llama"), heal=HEAL), tmp_path / "o")
 
 
 def command(cut: Path, output: Path, *more: str) -> list[str]:

@@ -116,6 +116,15 @@ def test_interrupted_training_goes_on_to_the_same_weights(llama: Bench, tmp_path
     assert again.about["held_out_after"] == pytest.approx(whole.about["held_out_after"], abs=1e-6)
 
 
+def test_training_that_was_done_is_not_done_again(llama: Bench, tmp_path: Path) -> None:
+    """As after a kill between the last step and the output."""
+    first = weights(heal(llama.scene(), tmp_path / "w").model)
+    again = heal(llama.scene(), tmp_path / "w")
+    assert again.about["steps_done"] == 4
+    for name, value in weights(again.model).items():
+        torch.testing.assert_close(value, first[name], rtol=0, atol=0)
+
+
 def test_checkpoint_that_was_not_finished_is_ignored(llama: Bench, tmp_path: Path) -> None:
     work = tmp_path / "w"
     interrupted(llama, work, "step 4")
