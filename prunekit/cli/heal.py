@@ -41,7 +41,7 @@ def heal(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train what a cut left: distillation from the dense model, or fine-tuning.
+    """Train what a cut left: distillation or fine-tuning.
 
     The folder is only read. A killed run goes on where it was when the same command is given again.
 
