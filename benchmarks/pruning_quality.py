@@ -17,7 +17,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,7 @@ ENOUGH = 0.995
 
 @dataclass(frozen=True)
 class Search:
-    """A search, its calibration, the share of what at which it ends, and budgets to measure besides parameters.
-
-    `repair`: sequences of 256 tokens that output projections are fitted on afterwards; 0 leaves them as they are.
-    """
+    """A search, its calibration, the share of what at which it ends, and budgets to measure besides parameters."""
 
     knobs: dict[str, Any]
     sequences: int = 10
@@ -46,7 +43,6 @@ class Search:
     of: str = "params"
     also: tuple[str, ...] = ()
     shares: tuple[float, ...] = SHARES
-    repair: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,18 @@ class Score:
     span: str = ""
 
 
-TABLE: dict[str, Search | Score] = {
+@dataclass(frozen=True)
+class Repaired:
+    """What another method removed, by its rows in `--out`, with output projections fitted anew by least squares."""
+
+    of: str
+    sequences: int = 64
+    length: int = 256
+    data: str = "wikitext2"
+
+
+Method = Search | Score | Repaired
+TABLE: dict[str, Method] = {
     "sub-layers, distance (the paper)": Search({"candidates": "sublayers"}),
     "sub-layers, distance, front protected 0.4": Search({"candidates": "sublayers", "protect_front": 0.4}),
     "sub-layers, per parameter": Search({"candidates": "sublayers", "per": "params"}),
@@ -72,7 +79,8 @@ TABLE: dict[str, Search | Score] = {
     "mixed, per millisecond": Search({"candidates": "mixed", "per": "latency_ms"}, also=OTHERS),
     "pairs, loss": Search({"candidates": "pairs", "distance": "loss"}, also=OTHERS),
     "mixed, loss per parameter": Search({"candidates": "mixed", "per": "params", "distance": "loss"}),
-    "pairs, loss, repaired": Search({"candidates": "pairs", "distance": "loss"}, repair=64),
+    "pairs, loss, repaired": Repaired("pairs, loss"),
+    "mixed, per parameter, repaired": Repaired("mixed, per parameter"),
     "block influence": Score("block_influence"),
     "angular, best run": Score("angular", span="span"),
     "gardener": Score("gardener"),
@@ -80,7 +88,7 @@ TABLE: dict[str, Search | Score] = {
     "random": Score("random"),
 }
 # What another distance, more text or exchanges after the greedy pass add to the best rows.
-FURTHER: dict[str, Search | Score] = {
+FURTHER: dict[str, Method] = {
     "pairs, loss, swaps": Search({"candidates": "pairs", "distance": "loss", "swaps": 8}, shares=(0.20, 0.25)),
     "mixed, loss per parameter, swaps": Search(
         {"candidates": "mixed", "per": "params", "distance": "loss", "swaps": 8}, shares=(0.20, 0.25)
@@ -116,7 +124,7 @@ class Bench:
         self.batches: dict[tuple[str, int, int], Any] = {}
         self._latency: dict[str, float] = {}
 
-    def batch(self, search: Search) -> dict[str, Any]:
+    def batch(self, search: Search | Repaired) -> dict[str, Any]:
         from prunekit.calibrate.batches import token_batch
 
         key = (search.data, search.sequences, search.length)
@@ -146,22 +154,19 @@ class Bench:
         whole = self.total.block_params if of == "params" else self.total.kv_bytes_per_token
         return sum(unit_cost(self.view, address, of) for address in removed) / whole
 
-    def repaired(self, removed: list[str], search: Search) -> dict[Any, Any]:
+    def repaired(self, removed: list[str], by: Repaired) -> dict[Any, Any]:
         """Output matrices fitted to make up for what is missing, by the modules that hold them."""
         from prunekit.modeling.modeling_prunekit import blocks_of, output_projection
         from prunekit.repair.least_squares import LeastSquares
 
-        if not search.repair:
-            return {}
-        inputs = self.batch(replace(search, sequences=search.repair, length=256))
-        found = LeastSquares().fit(self.stack, inputs, frozenset(removed), {})
+        found = LeastSquares().fit(self.stack, self.batch(by), frozenset(removed), {})
         places = {address: address.split(".") for address in found.projections}
         return {
             output_projection(blocks_of(self.model)[int(number)], kind): found.projections[address].weight
             for address, (_, number, kind) in places.items()
         }
 
-    def row(self, removed: list[str], search: Search = Search({})) -> dict[str, Any]:
+    def row(self, removed: list[str], by: Repaired | None = None) -> dict[str, Any]:
         """Perplexity and shares of the model without these sub-layers."""
         from prunekit.evaluate.perplexity import perplexity
         from prunekit.modeling.modeling_prunekit import blocks_of, bypass
@@ -170,7 +175,7 @@ class Bench:
 
         undo: list[Callable[[], None]] = []
         try:
-            for layer, weight in self.repaired(removed, search).items():
+            for layer, weight in (self.repaired(removed, by) if by else {}).items():
                 undo.append(partial(setattr, layer.weight, "data", layer.weight.data))
                 layer.weight.data = weight.to(layer.weight)
             for address in removed:
@@ -229,7 +234,14 @@ def scored(bench: Bench, score: Score, share: float) -> list[list[str]]:
     return [[s.address for s in bench.view.blocks[i].sublayers] for i in order]
 
 
-def rows(bench: Bench, name: str, method: Search | Score) -> Iterator[dict[str, Any]]:
+def rows(bench: Bench, name: str, method: Method, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`known`: rows of the results file, which repairs begin from."""
+    if isinstance(method, Repaired):
+        for row in known:
+            if row["method"] == method.of and row["of"] == "params":
+                measured = bench.row(row["removed"], method)
+                yield {"method": name, "share": row["share"], "of": "params", **measured}
+        return
     if isinstance(method, Score):
         for share in SHARES:
             removed = prefix(bench, scored(bench, method, share), share, "params") or []
@@ -247,7 +259,7 @@ def rows(bench: Bench, name: str, method: Search | Score) -> Iterator[dict[str, 
         for share in {"params": SHARES, "kv_bytes": KV_SHARES, "latency_ms": TIME_SHARES}[of]:
             removed = prefix(bench, units, share, of)
             if removed is not None:
-                yield {"method": name, "share": share, "of": of, **bench.row(removed, method), "search": facts}
+                yield {"method": name, "share": share, "of": of, **bench.row(removed), "search": facts}
 
 
 def facts(bench: Bench) -> dict[str, Any]:
@@ -285,7 +297,7 @@ def measure(given: argparse.Namespace) -> None:
             if time.perf_counter() - begin > given.seconds:
                 print(f"out of time before: {name}", flush=True)
                 break
-            for row in rows(bench, name, known[name]):
+            for row in rows(bench, name, known[name], read(given.out)):
                 sink.write(json.dumps({**row, **about}) + "\n")
                 sink.flush()
                 took = row.get("search", {}).get("search_s", "")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from tests.tiny import EXPERTS, built_in
 
 
 def heterogeneous(stock: Any, layers: Mapping[str, Any], state: Mapping[str, Tensor] | None = None) -> Any:
@@ -23,7 +26,10 @@ def heterogeneous(stock: Any, layers: Mapping[str, Any], state: Mapping[str, Ten
     fields = hetero_config_fields(config.model_type, [type(stock).__name__])
     cls = getattr(modeling_prunekit, fields["architectures"][0])
     section = {"schema": 1, "base_model_type": config.model_type, "per_layer_config": dict(layers)}
-    model = cls(cls.config_class(**{**config.to_dict(), **fields, "prunekit": section})).double().eval()
+    with built_in(torch.float64):
+        model = cls(cls.config_class(**{**config.to_dict(), **fields, "prunekit": section})).eval()
+    if config.model_type in EXPERTS:
+        model.set_experts_implementation("eager")
     if state is None:
         return model
     names = set(model.state_dict())

@@ -74,31 +74,36 @@ def sentence_batch(
     return _padded(encoded, tokenizer)
 
 
-def image_batch(data: str, images: int, channels: int, size: int, seed: int = 0) -> dict[str, Tensor]:
+def image_batch(
+    data: str, images: int, channels: int, size: int, seed: int = 0, frames: int | None = None
+) -> dict[str, Tensor]:
     """Pixels for a vision model.
 
     Args:
         data: `noise` (standard normal pixels drawn from `seed`), or a .safetensors file whose tensor `pixel_values`
-            [images, channels, size, size] is preprocessed as the model expects it.
+            [images, channels, size, size], of videos [videos, frames, channels, size, size], is preprocessed as the
+            model expects it.
         images: how many.
         channels: colour channels of the model.
         size: height and width in pixels.
         seed: draws the noise; for a file, 0 takes the first images and above 0 draws them.
+        frames: of each video; None for images.
     Returns:
-        `pixel_values`, float32 [images, channels, size, size].
+        `pixel_values`, float32 [images, channels, size, size] or [videos, frames, channels, size, size].
     Raises:
         UsageError: when the file does not hold such images, or too few.
     """
+    shape = (channels, size, size) if frames is None else (frames, channels, size, size)
     if data == "noise":
         generator = torch.Generator().manual_seed(seed)
-        return {"pixel_values": torch.randn(images, channels, size, size, generator=generator)}
+        return {"pixel_values": torch.randn(images, *shape, generator=generator)}
     if Path(data).suffix != ".safetensors" or not Path(data).is_file():
         raise UsageError(f"no images named `{data}`", why="images are `noise` or a .safetensors file")
     pixels = _pixels(Path(data))
-    if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (channels, size, size) or pixels.shape[0] < images:
+    if tuple(pixels.shape[1:]) != shape or pixels.shape[0] < images:
         raise UsageError(
             f"`{data}` does not hold {images} images for this model",
-            why=f"its pixel_values are {list(pixels.shape)}, the model reads [{images}, {channels}, {size}, {size}]",
+            why=f"its pixel_values are {list(pixels.shape)}, the model reads {[images, *shape]}",
         )
     return {"pixel_values": pixels[_chosen(pixels.shape[0], images, seed)].float()}
 

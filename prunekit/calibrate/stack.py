@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from prunekit.core.errors import StructureError
-from prunekit.modeling.modeling_prunekit import blocks_of, output_projection, present, skip
+from prunekit.modeling.modeling_prunekit import blocks_of, has_output_projection, output_projection, present, skip
 
 KINDS = ("attention", "ffn")
 # Relative to the largest logit: two orders of the same sums differ by 1e-6 in float32 and 1e-2 in bfloat16.
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _PROBE_TOKENS = 8
+# Blocks that return a tuple, the hidden states first.
+_TUPLES = ("MPNetLayer",)
 _PLAIN = (type(None), bool, int, float, str)
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -61,15 +63,29 @@ class Stack:
 
     Args:
         model: any loaded model whose blocks are known, in eval mode; stock or heterogeneous, any device and type.
+
+    Raises:
+        StructureError: if the sub-layers of a block do not run one after the other.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self._blocks = tuple(blocks_of(model))
+        if any(getattr(block, "use_parallel_residual", False) for block in self._blocks):
+            raise StructureError(
+                f"sub-layers of `{type(model).__name__}` cannot be run one at a time",
+                why="attention and FFN of a block read the same stream (`use_parallel_residual`)",
+                hint="use a score that needs no data, such as gardener or magnitude",
+            )
+        self._tuples = type(self._blocks[0]).__name__ in _TUPLES
         self._units = tuple((b, k) for b, block in enumerate(self._blocks) for k in KINDS if present(block, k))
         self._sublayers = tuple(_alone(self._blocks[number], kind) for number, kind in self._units)
         self.addresses: tuple[str, ...] = tuple(f"blocks.{block}.{kind}" for block, kind in self._units)
-        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        taken = inspect.signature(model.forward).parameters
+        self._accepted = frozenset(taken)
+        # Models with a language model inside pass the argument on.
+        passes_on = model.can_generate() and any(each.kind is each.VAR_KEYWORD for each in taken.values())
+        self._no_cache = {"use_cache": False} if "use_cache" in taken or passes_on else {}
         self._found_way: str | None = None
 
     def enter(self, inputs: Mapping[str, Tensor]) -> State:
@@ -93,19 +109,26 @@ class Stack:
         args, kwargs = self._calls(state, hidden.shape[0])[self._units[i][0]]
         with torch.no_grad():
             found: Tensor = self._sublayers[i](hidden, *args, **kwargs)
-        return found
+        return found[0] if self._tuples else found
 
     def projection(self, i: int) -> tuple[Tensor, Tensor | None]:
-        """Weight [hidden, width] and bias [hidden] of the output projection of `addresses[i]`."""
+        """Weight [hidden, width] and bias [hidden] of the output projection of `addresses[i]`.
+
+        Raises:
+            StructureError: for an FFN with experts.
+        """
         number, kind = self._units[i]
-        layer: Any = output_projection(self._blocks[number], kind)
+        try:
+            layer: Any = output_projection(self._blocks[number], kind)
+        except ValueError as error:
+            raise StructureError(f"`{self.addresses[i]}` has no single output projection", why=str(error)) from error
         weight = layer.weight.detach()
         # transformers' Conv1D stores [in, out].
         return (weight.T if hasattr(layer, "nf") else weight), layer.bias
 
     @contextmanager
     def projections(self, seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-        """While open, every run of a sub-layer tells what enters and leaves its output projection.
+        """While open, runs of sub-layers tell what enters and leaves their output projection; FFNs with experts do not.
 
         Args:
             seen: called with the address, the heads' or neurons' outputs [rows, tokens, width], and what the projection
@@ -117,7 +140,8 @@ class Stack:
             def tell(module: Any, given: Any, found: Tensor, address: str = address) -> None:
                 seen(address, given[0], found)
 
-            hooks.append(output_projection(self._blocks[number], kind).register_forward_hook(tell))
+            if has_output_projection(self._blocks[number], kind):
+                hooks.append(output_projection(self._blocks[number], kind).register_forward_hook(tell))
         try:
             yield
         finally:
@@ -226,13 +250,13 @@ class Stack:
         entered: list[Tensor] = []
         calls: list[_Call] = []
 
-        def record(*args: Any, **kwargs: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             entered.append(hidden)
             calls.append((rest, kwargs))
             if len(calls) == len(self._blocks):
                 raise _Reached
-            return hidden
+            return self._returned(hidden)
 
         with _replaced(dict.fromkeys(self._blocks, record)):
             self._forward(inputs)
@@ -263,7 +287,11 @@ class Stack:
 
     def _passing(self, hidden: Tensor) -> dict[torch.nn.Module, Callable[..., Any]]:
         """Blocks that do nothing, but the last gives `hidden`, whatever comes in."""
-        return dict.fromkeys(self._blocks, lambda *args, **kwargs: hidden)
+        return dict.fromkeys(self._blocks, lambda *args, **kwargs: self._returned(hidden))
+
+    def _returned(self, hidden: Tensor) -> Tensor | tuple[Tensor]:
+        """Hidden states as a block returns them."""
+        return (hidden,) if self._tuples else hidden
 
     def _forward(
         self,
@@ -271,8 +299,7 @@ class Stack:
         replaced: Mapping[torch.nn.Module, Callable[..., Any]] | None = None,
         **options: Any,
     ) -> Any:
-        fixed = {"use_cache": False, "return_dict": True}
-        options |= {name: value for name, value in fixed.items() if name in self._accepted or name == "return_dict"}
+        options |= {**self._no_cache, "return_dict": True}
         with torch.no_grad(), _replaced(replaced or {}):
             try:
                 return self.model(**inputs, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,7 +14,8 @@ Recipe = Annotated[Path, _RECIPE]
 OptionalRecipe = Annotated[Path | None, _RECIPE]
 OutputFolder = Annotated[Path, _OUTPUT]
 OptionalOutputFolder = Annotated[Path | None, _OUTPUT]
-Model = Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or packaged model's name.")]
+MODEL_HELP = "Folder, hub id, GGUF file or packaged model's name."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 Set = Annotated[
     list[str] | None,
@@ -24,3 +25,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would happen;
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document; errors too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk and no progress on stderr.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", help="What to measure: NAME, NAME:DATA or NAME:DATA,option=value; may be repeated."),
+]
+Suite = Annotated[str | None, typer.Option("--suite", help="quick or full; quick where no task is named.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Most examples of each task.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, mps, cuda or cuda:1.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Type to compute in [float32 on a CPU, else as the weights]."),
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows run at once [8 on a CPU, else 32].")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what is finished.")]
+OutputFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="JSON file to write, with per-example values.", dir_okay=False)
+]

@@ -13,7 +13,14 @@ from prunekit.cli._output import Output
 
 
 def apply(
-    plan: Annotated[Path, typer.Argument(help="Plan file of `prunekit plan --output`.", exists=True, dir_okay=False)],
+    plan: Annotated[
+        Path,
+        typer.Argument(
+            help="Plan file: of `prunekit plan --output`, or of another tool as docs/guides/interchange.md lists them.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Model to cut: folder, hub id, GGUF file or packaged name.")
     ],
@@ -30,22 +37,23 @@ def apply(
     from prunekit.checkpoint.sources import resolve
     from prunekit.core.files import atomic_folder
     from prunekit.plan.cost import cost
-    from prunekit.plan.layout import choose_layout, loads
-    from prunekit.plan.plan import Plan
+    from prunekit.plan.interchange import read_plan
+    from prunekit.plan.layout import choose_layout
+    from prunekit.plan.loads import loads
     from prunekit.report.layer_map import layer_map
     from prunekit.report.outcome import outcome
     from prunekit.structure.view import ModelView
     from prunekit.surgery import engine
 
     out = Output(json=json, quiet=quiet)
-    cuts = Plan.read(plan)
     with out.progress() as progress:
         view = ModelView.open(resolve(model, revision=revision, progress=progress).folder)
+        cuts = read_plan(plan, view)
         with atomic_folder(output, overwrite) as folder:
             engine.apply(view, cuts, folder, max_shard_bytes, progress)
     before, after = asdict(cost(view)), asdict(cost(view, cuts))
     layout = choose_layout(view, cuts)
-    rows, where = layer_map(view, cuts), loads(view, layout)
+    rows, where = layer_map(view, cuts), loads(view, cuts, layout)
     data = {
         "output": str(output),
         "layout": layout.kind,

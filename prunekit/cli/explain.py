@@ -19,7 +19,7 @@ def explain(
     name: Annotated[str, typer.Argument(help="Method; `prunekit methods list` shows them.")],
     json: options.Json = False,
 ) -> None:
-    """Explain a method: paper, evidence, deviations from it, knobs with defaults, and how a recipe uses it."""
+    """Explain a method: paper, evidence, deviations from it, knobs with defaults, and how it is used."""
     from prunekit.core.errors import UsageError
     from prunekit.core.method_card import card, method_names
     from prunekit.core.recipe_problems import near
@@ -29,8 +29,10 @@ def explain(
         names = [known for _, known in method_names()]
         hint = near(name, names) or f"there are: {', '.join(names)}"
         raise UsageError(f"no method named `{name}`", hint=hint)
-    for entry in found:
-        Output(json=json).result(render(entry), entry.to_json())
+    from rich.console import Group
+
+    cards = [entry.to_json() for entry in found]
+    Output(json=json).result(Group(*map(render, found)), cards[0] if len(cards) == 1 else cards)
 
 
 def render(entry: Card) -> RenderableType:
@@ -41,7 +43,7 @@ def render(entry: Card) -> RenderableType:
     from rich.text import Text
 
     from prunekit.cli.methods import needs_text
-    from prunekit.core.method_card import example_step
+    from prunekit.core.method_card import example_use
 
     head = Text.assemble((entry.name, "bold"), f"  {entry.role}, {entry.status}")
     parts: list[RenderableType] = [head, Text(entry.summary)]
@@ -64,6 +66,5 @@ def render(entry: Card) -> RenderableType:
         for knob in entry.knobs:
             knobs.add_row(knob.name, knob.type, knob.default or "must be given", knob.meaning)
         parts += ["", knobs]
-    return Group(
-        *parts, "", Text("in a recipe:"), Padding(Text(example_step(entry).rstrip()), (0, 0, 0, 2), expand=False)
-    )
+    where, example = example_use(entry)
+    return Group(*parts, "", Text(f"{where}:"), Padding(Text(example.rstrip()), (0, 0, 0, 2), expand=False))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunekit.cli import _options as options
 from prunekit.cli._output import Output
+from prunekit.core.errors import StructureError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,7 +28,8 @@ def inspect(
 ) -> None:
     """Show blocks, heads, KV groups, widths, parameters, FLOPs a token, KV bytes a token and file bytes.
 
-    Equal blocks in a row share one line. No weight is read.
+    Equal blocks in a row share one line. No weight is read. Of a model that prunekit does not know a first architecture
+    file is printed, guessed from names and shapes.
     """
     from rich.console import Group
 
@@ -36,6 +40,7 @@ def inspect(
     out = Output(json=json, quiet=quiet)
     with out.progress() as progress:
         source = resolve(model, revision=revision, progress=progress)
+    _require_known(source.folder, out)
     view = ModelView.open(source.folder)
     structure = describe(view)
     data: dict[str, Any] = {"model": source.name, "folder": str(source.folder), **structure.to_json()}
@@ -45,6 +50,24 @@ def inspect(
         data["tensors"] = listed
         parts += ["", _tensor_table(listed)]
     out.result(Group(*parts), data)
+
+
+def _require_known(folder: Path, out: Output) -> None:
+    """Prints a draft of the architecture file that is missing, where one is, and fails."""
+    from prunekit.checkpoint.reader import Checkpoint
+    from prunekit.structure.architecture import architecture
+    from prunekit.structure.draft import draft
+
+    checkpoint = Checkpoint.open(folder)
+    model_type = str(checkpoint.config.get("model_type", ""))
+    try:
+        architecture(model_type)
+    except StructureError as error:
+        if not out.json:
+            sys.stdout.write(draft(checkpoint))
+            sys.stdout.flush()
+        hint = f"{error.hint}; check the draft, `unsure` lines first, and put it into `prunekit/structure/archs/`"
+        raise StructureError(error.what, why=error.why, hint=hint, at=error.at) from error
 
 
 def _tensors(view: ModelView) -> list[dict[str, Any]]:

@@ -29,6 +29,8 @@ _ORDER = (
     "heal",
     "export",
     "verify",
+    "evaluate",
+    "compare",
     "report",
     "diagnose",
     "recipes",

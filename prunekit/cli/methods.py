@@ -1,4 +1,4 @@
-"""`prunekit methods`: what can choose units."""
+"""`prunekit methods`: what can choose units, and training examples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def list_(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """List scores, searches, repairs and ways of healing, with status and needs."""
+    """List scores, searches, repairs, ways of healing and metrics of data pruning, with status and needs."""
     show_list(Output(json=json), remove)
 
 

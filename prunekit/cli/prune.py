@@ -131,5 +131,5 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, out: Output) -> None:
         raise ExpectationError(
             f"{len(missed)} of {len(data['expectations'])} expectations missed",
             why=names,
-            hint="the folder is written all the same; change `expect` or the budget",
+            hint="the folder is written all the same, and its card says so; change `expect` or the budget",
         )

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic.fields import FieldInfo
 
 from prunekit.core.recipe_model import REGISTRIES
-from prunekit.core.registry import HEALS, REPAIRS, Registry
+from prunekit.core.registry import HEALS, METRICS, REPAIRS, TASKS, Registry
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ def method_names() -> list[tuple[str, str]]:
 
 
 def registries() -> dict[str, Registry]:
-    """All methods by role: those that choose what goes, and those that make up for it."""
-    return {**REGISTRIES, "repair": REPAIRS, "heal": HEALS}
+    """All methods by role: what a step may name, what makes up for the cut, and the metrics of data pruning."""
+    return {**REGISTRIES, "repair": REPAIRS, "heal": HEALS, "metric": METRICS}
 
 
 def card(role: str, name: str) -> Card:
     """Card of one method.
 
     Args:
-        role: `score`, `search`, `repair` or `heal`.
+        role: `score`, `search`, `repair`, `heal` or `metric`.
         name: registry name.
     Raises:
         UsageError: if there is no such method.
@@ -92,6 +92,32 @@ def card(role: str, name: str) -> Card:
         knobs=_knobs(cls, arguments(text)),
         example=dict(getattr(cls, "example", {})),
     )
+
+
+@dataclass(frozen=True)
+class TaskCard:
+    """A task of `prunekit evaluate` as its reference shows it."""
+
+    name: str
+    summary: str
+    body: str
+    reads: tuple[str, ...]
+    figures: tuple[str, ...]
+    knobs: tuple[Knob, ...]
+
+
+def task_card(name: str) -> TaskCard:
+    """What a task's class says about it.
+
+    Raises:
+        UsageError: if there is no such task.
+    """
+    cls = TASKS.get(name)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    summary, _, rest = text.partition("\n")
+    # Where figures depend on the options, the class holds a property.
+    figures = cls.figures if isinstance(cls.figures, tuple) else ()
+    return TaskCard(name, summary.strip(), _body(rest), tuple(cls.reads), figures, _knobs(cls, arguments(text)))
 
 
 def arguments(docstring: str) -> dict[str, str]:
@@ -174,11 +200,14 @@ def type_text(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint))
 
 
-def example_step(entry: Card) -> str:
-    """YAML of the part of a recipe that uses the method, with its `example` knobs."""
+def example_use(entry: Card) -> tuple[str, str]:
+    """Where a method is used, and how, with its `example` knobs: YAML of a recipe, or a metric's command."""
     if entry.role in ("repair", "heal"):
         shared = {"data": "wikitext2", "steps": 200, "lr": 1e-4} if entry.role == "heal" else {}
-        return f"{entry.role}: {yaml_text({'method': entry.name, **shared, **entry.example})}\n"
+        return "in a recipe", f"{entry.role}: {yaml_text({'method': entry.name, **shared, **entry.example})}\n"
+    if entry.role == "metric":
+        knobs = "".join(f" --set {name}={yaml_text(value)}" for name, value in entry.example.items())
+        return "on the command line", f"prunekit data score DATASET --metric {entry.name}{knobs}\n"
     kind = entry.kinds[0] if entry.kinds else "blocks"
     by = yaml_text({entry.role: entry.name, **entry.example})
-    return f"steps:\n  - remove: {kind}\n    by: {by}\n    budget: {{remove: 0.2, of: params}}\n"
+    return "in a recipe", f"steps:\n  - remove: {kind}\n    by: {by}\n    budget: {{remove: 0.2, of: params}}\n"

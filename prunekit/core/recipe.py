@@ -28,6 +28,7 @@ from prunekit.core.recipe_model import Model as Model
 from prunekit.core.recipe_model import Perplexity as Perplexity
 from prunekit.core.recipe_model import Recipe as Recipe
 from prunekit.core.recipe_model import Sample as Sample
+from prunekit.core.recipe_model import Select as Select
 from prunekit.core.recipe_model import Step as Step
 from prunekit.core.recipe_problems import InvalidRecipeError as InvalidRecipeError
 from prunekit.core.recipe_problems import Problem as Problem

@@ -9,13 +9,14 @@ from pydantic import BaseModel
 
 from prunekit.core.errors import PrunekitError
 from prunekit.core.recipe_fields import knob_problems
-from prunekit.core.recipe_model import EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Heal, Kind, Repair
+from prunekit.core.recipe_model import ALTERNATING, EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Heal, Kind, Repair
 from prunekit.core.recipe_problems import Problem, near
-from prunekit.core.registry import HEALS, REPAIRS, Registry
+from prunekit.core.registry import HEALS, METRICS, REPAIRS, Registry
+from prunekit.core.task_options import label_of, make_task, split_limit, task_problems
 from prunekit.core.yaml_lines import KeyPath
 
 KINDS = get_args(Kind)
-_NO_KV = ("ffn", "neurons", "query_heads")
+_NO_KV = ("ffn", "neurons", "query_heads", "experts")
 
 
 def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
@@ -29,13 +30,62 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
         if isinstance(step, Mapping) and "rewire" not in step:
             path: KeyPath = ("steps", index)
             problems += _budget(step, path)
+            problems += _alternating(step, path)
             problems += _method(step, path)
     problems += _after_cut(data, "repair", REPAIRS, Repair)
     problems += _after_cut(data, "heal", HEALS, Heal)
     problems += _heal(data)
+    problems += _select(data)
     problems += _export(data)
+    problems += _require(data)
+    tasks = _inside(data, "evaluate", "tasks")
+    figures, found = _tasks(tasks if isinstance(tasks, list) else [])
+    problems += found
     problems += _expect(data)
+    problems += _figure_limits(_inside(data, "expect", "figures"), figures)
     return problems
+
+
+def _tasks(tasks: list[Any]) -> tuple[dict[str, tuple[str, ...]], list[Problem]]:
+    """Figures of every sound task by its label, and what is wrong with the others."""
+    figures: dict[str, tuple[str, ...]] = {}
+    problems: list[Problem] = []
+    for index, entry in enumerate(tasks):
+        path: KeyPath = ("evaluate", "tasks", index)
+        given = {"task": entry} if isinstance(entry, str) else entry
+        if not isinstance(given, Mapping) or not isinstance(given.get("task"), str):
+            continue
+        options = {key: value for key, value in given.items() if key not in ("task", "name")}
+        found = task_problems(given["task"], options, path)
+        problems += found
+        if found:
+            continue
+        task = make_task(given["task"], options)
+        name = given.get("name")
+        label = label_of(given["task"], task, name if isinstance(name, str) else None)
+        if label in figures:
+            hint = "give one of them another with `name`"
+            problems.append(Problem(f"two tasks go by the name `{label}`", path, hint=hint))
+        figures[label] = task.figures
+    return figures, problems
+
+
+def _figure_limits(limits: Any, figures: Mapping[str, tuple[str, ...]]) -> Iterator[Problem]:
+    """`expect.figures` keys that name no task, or a figure that it does not give."""
+    for key in limits if isinstance(limits, Mapping) else ():
+        path: KeyPath = ("expect", "figures", key)
+        split = split_limit(str(key), figures)
+        if split is None:
+            hint = "write `arc_easy.acc_min: 0.4`: a task's name, its figure, then _min or _max"
+            yield Problem(f"`{key}` is no limit of a figure", path, hint=hint)
+            continue
+        label, figure = split
+        if label not in figures:
+            known = f"there are: {', '.join(figures)}" if figures else "add it to `evaluate.tasks`"
+            yield Problem(f"`evaluate.tasks` has no `{label}`", path, hint=near(label, figures) or known)
+        elif figures[label] and figure not in figures[label]:
+            hint = near(figure, figures[label]) or f"there are: {', '.join(figures[label])}"
+            yield Problem(f"`{label}` gives no figure `{figure}`", path, hint=hint)
 
 
 def _budget(step: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
@@ -75,6 +125,23 @@ def _currency(step: Mapping[str, Any], raw: Mapping[str, Any], here: KeyPath) ->
         why = "a search orders the units of the whole model"
         hint = "take it out, or use a score"
         yield Problem(f"`within: {raw['within']}` does not go with a search", (*here, "within"), why=why, hint=hint)
+
+
+def _alternating(step: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
+    """What `keep_alternating` does not go with."""
+    budget, by, kind = step.get("budget"), step.get("by"), step.get("remove")
+    if not isinstance(budget, Mapping) or budget.get("keep_alternating") is not True:
+        return
+    if kind in KINDS and kind != "sublayers":
+        why = "whole blocks and widths leave them taking turns" if kind not in ("attention", "ffn") else ""
+        what = f"`keep_alternating` does not go with `remove: {kind}`"
+        hint = "take it out" if why else "use `remove: sublayers`, which takes both"
+        yield Problem(what, (*path, "budget", "keep_alternating"), why=why, hint=hint)
+    candidates = by.get("candidates") if isinstance(by, Mapping) else None
+    if isinstance(candidates, str) and candidates not in ALTERNATING:
+        what = f"`candidates: {candidates}` contradicts `keep_alternating`"
+        why = "single sub-layers would break the turns of attention and FFN"
+        yield Problem(what, (*path, "by", "candidates"), why=why, hint="take `candidates` out, or use pairs")
 
 
 def _method(step: Mapping[str, Any], path: KeyPath) -> list[Problem]:
@@ -158,6 +225,19 @@ def _kinds(cls: type, name: str, kind: Any, path: KeyPath) -> list[Problem]:
     ]
 
 
+def _select(data: Mapping[str, Any]) -> Iterator[Problem]:
+    name = _inside(data, "calibrate", "select", "metric")
+    if not isinstance(name, str):
+        return
+    usable = [metric for metric in METRICS.names() if "labels" not in METRICS.get(metric).needs]
+    path = ("calibrate", "select", "metric")
+    if name not in METRICS.names():
+        yield Problem(f"no metric named `{name}`", path, hint=near(name, usable) or f"there are: {', '.join(usable)}")
+    elif name not in usable:
+        why = "it needs labels, which calibration data has not"
+        yield Problem(f"`metric: {name}` is not possible here", path, why=why, hint=f"use one of: {', '.join(usable)}")
+
+
 def _export(data: Mapping[str, Any]) -> Iterator[Problem]:
     formats = _inside(data, "export", "formats")
     if not isinstance(formats, list):
@@ -168,6 +248,16 @@ def _export(data: Mapping[str, Any]) -> Iterator[Problem]:
     twice = {f for f in formats if isinstance(f, str) and formats.count(f) > 1}
     for name in sorted(twice):
         yield Problem(f"`formats` names {name} twice", ("export", "formats"), hint="keep one of them")
+
+
+def _require(data: Mapping[str, Any]) -> Iterator[Problem]:
+    required = data.get("require")
+    names = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem(f"`require` names {name} twice", ("require",), hint="keep one of them")
+    if "transformers" in names and _inside(data, "export", "layout") == "heterogeneous":
+        why = "a heterogeneous layout has classes of its own"
+        yield Problem("`require: transformers` contradicts `layout: heterogeneous`", ("require",), why=why)
 
 
 def _expect(data: Mapping[str, Any]) -> Iterator[Problem]:

@@ -21,7 +21,6 @@ NOT_BUILT = {
     ("steps", "rewire"): "rewiring is not built yet; steps remove units",
 }
 _NOT_BUILT_VALUES = {
-    ("remove", "experts"),
     ("remove", "vocab"),
     ("formats", "gguf"),
     ("formats", "nemotron_nas"),
@@ -158,6 +157,7 @@ def _problem(error: Mapping[str, Any], known: list[str]) -> Problem:
 
 
 _MISSING = {
+    "task": "the name of what is measured, for example `{task: multiple_choice, data: arc_easy}`",
     "schema": "write `schema: 1` at the top",
     "model": "for example `model: {source: smollm2-135m-instruct}`",
     "source": "a folder, a hub id, a GGUF file or a packaged model's name",

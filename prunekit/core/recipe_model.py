@@ -22,10 +22,24 @@ from pydantic import (
     model_validator,
 )
 
-from prunekit.core.registry import HEALS, REPAIRS, SCORES, SEARCHES, Registry
+from prunekit.core.registry import HEALS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
-Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons"]
-WIDTH_KINDS = ("query_heads", "kv_groups", "neurons")
+Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts"]
+WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts")
+DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+# Where a result can be asked to load; `plan/loads.py` says what each takes.
+Target = Literal[
+    "transformers",
+    "prunekit",
+    "remote_code",
+    "vllm",
+    "tensorrt_llm",
+    "llama_cpp",
+    "onnxruntime",
+    "onnxruntime_genai",
+]
+# Values of a search's `candidates` that leave attention and FFN taking turns.
+ALTERNATING = ("pairs", "blocks")
 REGISTRIES: dict[str, Registry] = {"score": SCORES, "search": SEARCHES}
 
 
@@ -48,11 +62,21 @@ class Model(_Part):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="Type to compute in; null chooses by device. Weights keep the type they have on disk."
     )
-    device: StrictStr = Field(
-        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="`auto`, `cpu`, `mps`, `cuda` or `cuda:1`."
-    )
+    device: StrictStr = Field(default="auto", pattern=DEVICES, description="`auto`, `cpu`, `mps`, `cuda` or `cuda:1`.")
     trust_remote_code: StrictBool = Field(
         default=False, description="Run the code that the model's folder brings along."
+    )
+
+
+class Select(_Part):
+    """Which sequences of the data are calibrated on; `sequences` of them stay, and more are read."""
+
+    metric: StrictStr = Field(
+        description="Metric of data pruning that needs no labels: loss, perplexity, ssl_prototypes, length or random."
+    )
+    keep: StrictFloat = Field(gt=0, le=1, description="Fraction kept of the sequences that are read.")
+    rule: Literal["hard", "easy", "auto"] = Field(
+        default="auto", description="Keep the highest scores, the lowest, or decide by how much text there is."
     )
 
 
@@ -66,6 +90,9 @@ class Calibrate(_Part):
     length_tokens: StrictInt = Field(default=256, ge=2, description="Tokens in each sequence.")
     seed: StrictInt = Field(
         default=0, ge=0, description="0 takes windows from the start; above 0 draws where they begin."
+    )
+    select: Select | None = Field(
+        default=None, description="Choose the sequences by a metric; null takes them as they come."
     )
 
 
@@ -229,6 +256,13 @@ class Budget(_Part):
     protect: tuple[StrictStr, ...] = Field(
         default=(), description="Addresses that stay, with * and ? allowed, such as `blocks.0.*`."
     )
+    keep_alternating: StrictBool = Field(
+        default=False,
+        description=(
+            "With `remove: sublayers`: only pairs of neighbours go, half a block apart too, so that attention and FFN "
+            "take turns and the result is a shorter stock model."
+        ),
+    )
 
 
 class Step(_Part):
@@ -254,6 +288,9 @@ class Perplexity(_Part):
     data: StrictStr = Field(default="wikitext2_eval", min_length=1, description="As for `calibrate.data`.")
     sequences: StrictInt = Field(default=20, ge=1, description="How many sequences.")
     length_tokens: StrictInt = Field(default=512, ge=2, description="Tokens in each sequence; the first is not scored.")
+    stride_tokens: StrictInt | None = Field(
+        default=None, ge=1, description="By how much a window lies behind the one before; null lets them not overlap."
+    )
     _short = model_validator(mode="before")(_named_text)
 
 
@@ -282,6 +319,30 @@ class Sample(_Part):
     new_tokens: StrictInt = Field(default=40, ge=1, description="Tokens written.")
 
 
+class Measurement(_Part):
+    """A task by name, its options beside the name."""
+
+    task: StrictStr = Field(description="Name of the task.")
+    name: StrictStr | None = Field(
+        default=None, min_length=1, description="What its figures go by; null takes the stem of its data, or the task."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the task.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"task": data}
+        if not isinstance(data, Mapping):
+            return data
+        named = {key: data[key] for key in ("task", "name") if key in data}
+        return {**named, "options": {key: value for key, value in data.items() if key not in named}}
+
+    @model_serializer
+    def _flatten(self) -> dict[str, Any]:
+        return {"task": self.task, **({"name": self.name} if self.name else {}), **self.options}
+
+
 class Evaluate(_Part):
     """What is measured before and after; what is not named is not measured."""
 
@@ -289,6 +350,9 @@ class Evaluate(_Part):
     embedding: Embedding | None = Field(default=None, description="For encoders.")
     latency: Latency | None = Field(default=None, description="Speed.")
     sample: Sample | None = Field(default=None, description="A continuation to read.")
+    tasks: tuple[Measurement, ...] | None = Field(
+        default=None, description="Tasks of `prunekit evaluate`, each a name or `{task: NAME, ...}` with its options."
+    )
 
 
 class Export(_Part):
@@ -353,12 +417,16 @@ class Expect(_Part):
     )
     onnx_bytes_max: StrictFloat | None = Field(default=None, gt=0, description="Bytes of the ONNX files; needs `onnx`.")
     loads_stock: Literal[True] | None = Field(default=None, description="The stock class loads the result.")
+    figures: dict[str, StrictFloat] | None = Field(
+        default=None, description="Limits of `evaluate.tasks`: `arc_easy.acc_min: 0.4` or `lambada.perplexity_max: 30`."
+    )
 
     def judge(self, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         """One entry a limit: `name`, `limit`, `value` (None where nothing measured it: missed) and `ok`.
 
         Args:
-            measured: values of the result by the names in `EXPECTATIONS`.
+            measured: values of the result by the names in `EXPECTATIONS`, and under `figures` those of tasks by
+                `label.figure`.
         """
         entries = []
         for name, rule in EXPECTATIONS.items():
@@ -372,6 +440,11 @@ class Expect(_Part):
             else:
                 ok = bool(value <= limit if rule.sense == "max" else value >= limit)
             entries.append({"name": name, "limit": limit, "value": value, "ok": ok})
+        for name, limit in (self.figures or {}).items():
+            figure, _, sense = name.rpartition("_")
+            value = measured.get("figures", {}).get(figure)
+            ok = value is not None and bool(value <= limit if sense == "max" else value >= limit)
+            entries.append({"name": name, "limit": limit, "value": value, "ok": ok})
         return entries
 
 
@@ -384,6 +457,10 @@ class Recipe(_Part):
     model: Model = Field(description="Which model is pruned, and how it is loaded.")
     calibrate: Calibrate = Field(default=Calibrate(), description="Text that methods run the model on.")
     steps: tuple[Step, ...] = Field(min_length=1, description="Removals, one after the other.")
+    require: tuple[Target, ...] = Field(
+        default=(),
+        description="Where the result must load; the steps obey what is needed for that, or the recipe fails at once.",
+    )
     repair: Repair | None = Field(default=None, description="What makes up for the cut, without training.")
     heal: Heal | None = Field(default=None, description="Training after the cut and the repair.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after.")
@@ -398,6 +475,8 @@ class Recipe(_Part):
                 step.by.role: step.by.name,
                 **_all_knobs(REGISTRIES[step.by.role], step.by.name, step.by.knobs),
             }
+        for asked, measured in zip(self.evaluate.tasks or (), data["evaluate"].get("tasks", ()), strict=True):
+            measured |= _all_knobs(TASKS, asked.task, asked.options)
         if self.repair is not None:
             knobs = _all_knobs(REPAIRS, self.repair.method, self.repair.knobs)
             data["repair"] = {**data["repair"], **knobs}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunekit.core.method_card import card, method_names, registries
+from prunekit.core.method_card import card, method_names, registries, task_card
 from prunekit.core.recipe_model import REGISTRIES, Recipe
+from prunekit.core.registry import TASKS
 
 
 def json_schema() -> dict[str, Any]:
@@ -16,7 +17,7 @@ def json_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     definitions["Method"] = {
         "description": definitions["Method"]["description"],
-        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names() if role in REGISTRIES],
+        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role in REGISTRIES],
     }
     shared = {}
     for after, title in (("repair", "Repair"), ("heal", "Heal")):
@@ -24,21 +25,50 @@ def json_schema() -> dict[str, Any]:
         shared[after] = {key: value for key, value in plain["properties"].items() if key not in ("method", "knobs")}
         definitions[title] = {
             "description": plain["description"],
-            "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in method_names() if role == after],
+            "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role == after],
         }
     text = {"$ref": "#/$defs/HealText"}
     shared["heal"]["data"] = {**shared["heal"]["data"], "anyOf": [text, {"type": "array", "items": text}]}
     for key in ("type", "items", "minItems"):
         shared["heal"]["data"].pop(key, None)
-    for role, name in method_names():
+    for role, name in _usable():
         knobs = TypeAdapter(registries()[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
         for inner, definition in knobs.pop("$defs", {}).items():
             definitions[f"{role}_{name}_{inner}"] = definition
         definitions[f"{role}_{name}"] = _method(role, name, knobs, shared.get(role))
+    definitions["Measurement"] = {
+        "description": definitions["Measurement"]["description"],
+        "anyOf": [{"enum": list(TASKS.names())}, *({"$ref": f"#/$defs/task_{name}"} for name in TASKS.names())],
+    }
+    for name in TASKS.names():
+        definitions[f"task_{name}"] = _task(name)
     for short in ("Perplexity", "Embedding", "HealText"):
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "prunekit recipe"}
+
+
+def _usable() -> list[tuple[str, str]]:
+    """(role, name) of the methods that a recipe may name."""
+    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, "repair", "heal")]
+
+
+def _task(name: str) -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    about, options = task_card(name), TypeAdapter(TASKS.get(name)).json_schema()
+    meanings = {knob.name: knob.meaning for knob in about.knobs}
+    properties = {
+        key: {"description": meanings.get(key, ""), **value} for key, value in options.get("properties", {}).items()
+    }
+    return {
+        "type": "object",
+        "title": name,
+        "description": about.summary,
+        "properties": {"task": {"const": name}, "name": {"type": "string"}, **properties},
+        "required": ["task", *options.get("required", [])],
+        "additionalProperties": False,
+    }
 
 
 def _method(role: str, name: str, knobs: dict[str, Any], shared: dict[str, Any] | None) -> dict[str, Any]:

@@ -56,5 +56,7 @@ class Registry:
 
 SCORES = Registry("score", "prunekit.scores")
 SEARCHES = Registry("search", "prunekit.search")
+TASKS = Registry("task", "prunekit.evaluate.tasks")
 REPAIRS = Registry("repair", "prunekit.repair")
 HEALS = Registry("heal", "prunekit.heal.methods")
+METRICS = Registry("metric", "prunekit.datasets.metrics")

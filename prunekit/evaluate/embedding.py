@@ -13,6 +13,9 @@ from torch.nn.functional import cosine_similarity
 from prunekit.core.errors import EvaluationError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 
+# Ends of the model types, stock and heterogeneous, whose positions are patches only.
+_WITHOUT_CLS = ("siglip_vision_model", "videomae")
+
 
 @dataclass(frozen=True)
 class EmbeddingResult:
@@ -61,7 +64,7 @@ def feature_cosine(
 ) -> EmbeddingResult:
     """Compares the logits of two models, or the last hidden state of the first position (CLS) where there are none.
 
-    Meant for vision models; arguments as `embedding_cosine`.
+    Meant for vision models, those without a CLS by the mean over positions; arguments as `embedding_cosine`.
     """
     return _compare(model_a, model_b, batch, batch_size, progress, pooled=False)
 
@@ -71,7 +74,7 @@ def _compare(
 ) -> EmbeddingResult:
     sequences = next(iter(batch.values())).shape[0]
     cosines, largest = [], 0.0
-    vectors = _pooled if pooled else _answer
+    vectors = pooled_vectors if pooled else _answer
     with torch.no_grad(), progress.task("comparing", total=sequences, unit="sequences") as task:
         for first in range(0, sequences, batch_size):
             part = {name: value[first : first + batch_size] for name, value in batch.items()}
@@ -87,8 +90,13 @@ def _compare(
     return EmbeddingResult(float(found.mean()), float(found.min()), largest, sequences)
 
 
-def _pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean of the last hidden state over positions that are not padding, float64 [sequences, hidden] on the CPU."""
+def pooled_vectors(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean of the last hidden state over positions that are not padding, float64 [sequences, hidden] on the CPU.
+
+    Args:
+        model: any with a base model, in eval mode.
+        batch: its inputs by name [sequences, ...]; without `attention_mask` every position counts.
+    """
     hidden = model.base_model(**_on(model, batch)).last_hidden_state.double().cpu()
     mask = batch.get("attention_mask")
     if mask is None:
@@ -100,7 +108,10 @@ def _pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def _answer(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     output = model(**_on(model, batch))
     logits = getattr(output, "logits", None)
-    found: Tensor = logits if logits is not None else output.last_hidden_state[:, 0]
+    if logits is None:
+        hidden = output.last_hidden_state
+        logits = hidden.mean(dim=1) if model.config.model_type.endswith(_WITHOUT_CLS) else hidden[:, 0]
+    found: Tensor = logits
     return found.double().cpu().flatten(1)
 
 

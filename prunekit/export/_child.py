@@ -58,8 +58,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             result["refused_untrusted"] = True
     cls = getattr(transformers, request["auto_class"] or request["architecture"])
-    options = {"trust_remote_code": True} if trust else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if trust else {}
     dtype = getattr(torch, request["dtype"])
+    # The grouped products that transformers runs experts by know no float64.
+    options |= {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     model.eval()
     result["class"] = type(model).__name__

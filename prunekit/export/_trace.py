@@ -45,17 +45,17 @@ def sample_inputs(model: PreTrainedModel, batch: int, length: int, pad: int = 0,
 
     Returns:
         `input_ids`, `attention_mask`, for some `token_type_ids`, int64 [batch, length]; or `pixel_values`, float
-        [batch, channels, height, width].
+        [batch, channels, height, width], of videos [batch, frames, channels, height, width].
     """
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         size = model.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch, model.config.num_channels, height, width)
+        frames = getattr(model.config, "num_frames", None)
+        shape = (batch, *([] if frames is None else [frames]), model.config.num_channels, height, width)
         return {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)}
-    ids = torch.randint(
-        min(3, model.config.vocab_size - 1), model.config.vocab_size, (batch, length), generator=generator
-    )
+    words = model.config.get_text_config().vocab_size
+    ids = torch.randint(min(3, words - 1), words, (batch, length), generator=generator)
     mask = torch.ones_like(ids)
     if pad:
         mask[0, slice(0, pad) if is_decoder(model) else slice(length - pad, length)] = 0

@@ -41,9 +41,10 @@ class _Rows(Dataset[dict[str, Tensor]]):
 class _Trainer(Trainer):
     """The Trainer with an objective as its loss, in training and on the held-out part."""
 
-    def __init__(self, objective: Objective, **arguments: Any) -> None:
+    def __init__(self, objective: Objective, scene: Scene, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._objective = objective
+        self._options = {"output_hidden_states": objective.hidden_states, **scene.no_cache}
         # The loss is a mean over tokens; the Trainer divides it by the passes of a step.
         self.model_accepts_loss_kwargs = False
 
@@ -51,7 +52,7 @@ class _Trainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         given = {name: value for name, value in inputs.items() if name != "row"}
-        outputs = model(**given, output_hidden_states=self._objective.hidden_states, use_cache=False)
+        outputs = model(**given, **self._options)
         loss = self._objective(outputs, given, inputs["row"])
         return (loss, outputs) if return_outputs else loss
 
@@ -138,6 +139,7 @@ def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path
             callbacks.insert(0, EarlyStoppingCallback(asked.patience))
         trainer = _Trainer(
             objective,
+            scene,
             model=model,
             args=arguments,
             train_dataset=_Rows(data.inputs, data.train),

@@ -21,16 +21,16 @@ class Online:
 
     Args:
         model: in eval mode.
-        hidden_states: whether they are wanted.
+        options: further arguments of it.
     """
 
     model: Any
-    hidden_states: bool
+    options: Mapping[str, Any]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Any:
         """Its outputs."""
         with torch.no_grad():
-            return self.model(**inputs, output_hidden_states=self.hidden_states, use_cache=False)
+            return self.model(**inputs, **self.options)
 
 
 class Cached:

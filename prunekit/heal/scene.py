@@ -83,6 +83,11 @@ class Scene:
             raise UsageError("healing needs the dense model here", hint="give --teacher MODEL")
         return _digest(self.teacher)
 
+    @property
+    def no_cache(self) -> dict[str, bool]:
+        """What keeps a model from filling a KV cache; encoders have none."""
+        return {"use_cache": False} if self.decoder else {}
+
     def cached(self, kind: str, key: str) -> Path:
         """Where something that the teacher said lies, by its digest."""
         return cache_folder(self.cache) / "heal" / f"{kind}-{key[:24]}"

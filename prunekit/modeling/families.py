@@ -52,7 +52,7 @@ def auto_class(architectures: Sequence[str]) -> str:
     name = architectures[0] if architectures else ""
     head = re.search(r"For[A-Z]\w*$", name)
     if head:
-        return f"AutoModel{head.group()}"
+        return f"AutoModel{head.group().replace('ForConditionalGeneration', 'ForImageTextToText')}"
     return "AutoModelForCausalLM" if name.endswith("LMHeadModel") else "AutoModel"
 
 

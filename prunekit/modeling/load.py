@@ -6,15 +6,24 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import CheckpointError
 from prunekit.modeling.families import PREFIX
 from prunekit.modeling.quiet import quiet
+from prunekit.structure.architecture import architectures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Buffers that older versions of transformers saved beside the weights; the models make them by themselves.
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
+_BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+    "embeddings.position_ids",
+)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -55,6 +64,15 @@ def load_model(
     return loaded
 
 
+def to_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """A model moved to the CPU in float64, experts one after the other since their grouped products know no float64."""
+    import torch
+
+    if any(hasattr(module, "experts") for module in model.modules()):
+        model.set_experts_implementation("eager")
+    return model.to("cpu", torch.float64)
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """Tokenizer of a checkpoint folder, None where it has none.
 
@@ -83,6 +101,8 @@ def _read(cls: Any, folder: Path, dtype: str, trust_remote_code: bool) -> tuple[
     """The model, and what transformers noticed about its tensors."""
     import torch
 
+    # The grouped products that transformers runs experts by know no float64.
+    options = {"experts_implementation": "eager"} if dtype == "float64" else {}
     model, info = cls.from_pretrained(
         folder,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -91,6 +111,7 @@ def _read(cls: Any, folder: Path, dtype: str, trust_remote_code: bool) -> tuple[
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
+        **options,
     )
     return model, info
 
@@ -109,7 +130,11 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
     """Class with `from_pretrained`."""
     import transformers
 
-    name = next(iter(config.get("architectures") or ()), None)
+    arch = architectures().get(str(config.get("model_type", "")).removeprefix("prunekit_"))
+    named = config.get("architectures") or ()
+    if arch is not None and not arch.decoder:
+        named = arch.classes(config, Checkpoint.open(folder).tensors)
+    name = next(iter(named), None)
     source: Any = transformers
     if str(config.get("model_type", "")).startswith("prunekit_"):
         from prunekit.modeling import modeling_prunekit

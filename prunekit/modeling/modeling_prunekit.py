@@ -9,6 +9,7 @@ which is why it imports nothing but torch and transformers and is longer than ot
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 SCHEMA = 1
 # What the configuration calls the two kinds of sub-layer, and the widths that a block can have of its own.
 SKIPS = {"attention": "attention", "mlp": "ffn"}
-WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_local_experts")
 # Stock model type: how names of stock classes begin, and how those of configuration, base model and heads go on.
 # prunekit reads this table without running the file.
 CLASSES = {
@@ -29,10 +30,39 @@ CLASSES = {
     "mistral": "Mistral Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "qwen2": "Qwen2 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "qwen3": "Qwen3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "smollm3": "SmolLM3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "phi3": "Phi3 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gemma2": "Gemma2 Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gemma3_text": "Gemma3 TextConfig TextModel ForCausalLM TextForSequenceClassification",
+    "olmo2": "Olmo2 Config Model ForCausalLM ForSequenceClassification",
     "gpt2": "GPT2 Config Model LMHeadModel ForSequenceClassification ForTokenClassification",
+    "mixtral": "Mixtral Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "qwen3_moe": "Qwen3Moe Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "gpt_neox": "GPTNeoX Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
+    "opt": "OPT Config Model ForCausalLM ForSequenceClassification",
+    "llava": "Llava Config Model ForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VL Config Model ForConditionalGeneration",
+    "smolvlm": "SmolVLM Config Model ForConditionalGeneration",
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
     "ForTokenClassification",
+    "roberta": "Roberta Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification ForTokenClassification",
+    "xlm-roberta": "XLMRoberta Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
+    "electra": "Electra Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
+    "mpnet": "MPNet Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification ForTokenClassification",
+    "distilbert": "DistilBert Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
+    "modernbert": "ModernBert Config Model ForMaskedLM ForQuestionAnswering ForSequenceClassification "
+    "ForTokenClassification",
     "vit": "ViT Config Model ForImageClassification",
+    "deit": "DeiT Config Model ForImageClassification",
+    "dinov2": "Dinov2 Config Model ForImageClassification",
+    "videomae": "VideoMAE Config Model ForVideoClassification",
+    "clip_vision_model": "CLIPVision Config Model",
+    "clip_text_model": "CLIPText Config Model",
+    "siglip_vision_model": "SiglipVision Config Model",
+    "siglip_text_model": "SiglipText Config Model",
 }
 # What Linear and Conv1D call their two sizes.
 _SIDES = {"out": ("out_features", "nf"), "in": ("in_features", "nx")}
@@ -46,9 +76,9 @@ class _NoAttention(nn.Module):
 
 
 class _NoFFN(nn.Module):
-    """FFN that adds nothing to the residual stream."""
+    """FFN, or attention that returns nothing besides, that adds nothing to the residual stream."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states.new_zeros(())
 
 
@@ -66,19 +96,36 @@ class _SameOutput(nn.Module):
         return input_tensor
 
 
+class _OwnNumbers:
+    """A configuration of which some numbers are a module's own, for modules that read their sizes from it."""
+
+    def __init__(self, config: Any, **own: Any) -> None:
+        self.__dict__.update(own, _shared=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_shared":
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+
 @dataclass(frozen=True)
 class _SubLayer:
     """Where a sub-layer lies in a block.
 
     Args:
         swaps: modules of the block and what takes their place when the sub-layer is skipped; its norm among them.
-        linears: layers with a side that gets narrower: side (`out` or `in`) and what it is a multiple of.
+        linears: layers with a side that gets narrower: side (`out` or `in`) and what it is a multiple of; `qkv` is
+            heads and twice KV heads.
         counts: module that holds head counts as attributes.
+        fixed: why no head can go, "" where some can.
+        shared: module, and the argument of its forward that has an entry for each head and is the same for all blocks.
     """
 
     swaps: Mapping[str, type[nn.Module]]
     linears: Mapping[str, tuple[str, str]]
     counts: str
+    fixed: str = ""
+    shared: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,22 +137,65 @@ class _Family:
     ffn: _SubLayer
 
 
-_LLAMA = _Family(
+_SELF_ATTN = {
+    "self_attn.q_proj": ("out", "heads"),
+    "self_attn.k_proj": ("out", "kv"),
+    "self_attn.v_proj": ("out", "kv"),
+    "self_attn.o_proj": ("in", "heads"),
+}
+_GATED = {"mlp.gate_proj": ("out", "ffn"), "mlp.up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")}
+_NO_ATTENTION = {"input_layernorm": nn.Identity, "self_attn": _NoAttention}
+_NO_FFN = {"post_attention_layernorm": nn.Identity, "mlp": _NoFFN}
+_LLAMA = _Family("layers", _SubLayer(_NO_ATTENTION, _SELF_ATTN, "self_attn"), _SubLayer(_NO_FFN, _GATED, "mlp"))
+_PHI3 = _Family(
+    "layers",
+    _SubLayer(_NO_ATTENTION, {"self_attn.qkv_proj": ("out", "qkv"), "self_attn.o_proj": ("in", "heads")}, "self_attn"),
+    _SubLayer(_NO_FFN, {"mlp.gate_up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")}, "mlp"),
+)
+_GEMMA = _Family(
+    "layers",
+    _SubLayer({**_NO_ATTENTION, "post_attention_layernorm": nn.Identity}, _SELF_ATTN, "self_attn"),
+    _SubLayer(
+        {"pre_feedforward_layernorm": nn.Identity, "mlp": _NoFFN, "post_feedforward_layernorm": nn.Identity},
+        _GATED,
+        "mlp",
+    ),
+)
+_OLMO2 = _Family(
     "layers",
     _SubLayer(
-        {"input_layernorm": nn.Identity, "self_attn": _NoAttention},
+        {"self_attn": _NoAttention, "post_attention_layernorm": nn.Identity},
+        _SELF_ATTN,
+        "self_attn",
+        "they share a norm",
+    ),
+    _SubLayer({"mlp": _NoFFN, "post_feedforward_layernorm": nn.Identity}, _GATED, "mlp"),
+)
+_NEOX = _Family(
+    "layers",
+    _SubLayer(
+        {"input_layernorm": nn.Identity, "attention": _NoAttention},
+        {"attention.query_key_value": ("out", "heads"), "attention.dense": ("in", "heads")},
+        "attention",
+    ),
+    _SubLayer(_NO_FFN, {"mlp.dense_h_to_4h": ("out", "ffn"), "mlp.dense_4h_to_h": ("in", "ffn")}, "mlp"),
+)
+_OPT = _Family(
+    "decoder.layers",
+    _SubLayer(
+        {"self_attn_layer_norm": nn.Identity, "self_attn": _NoAttention},
         {
             "self_attn.q_proj": ("out", "heads"),
             "self_attn.k_proj": ("out", "kv"),
             "self_attn.v_proj": ("out", "kv"),
-            "self_attn.o_proj": ("in", "heads"),
+            "self_attn.out_proj": ("in", "heads"),
         },
         "self_attn",
     ),
     _SubLayer(
-        {"post_attention_layernorm": nn.Identity, "mlp": _NoFFN},
-        {"mlp.gate_proj": ("out", "ffn"), "mlp.up_proj": ("out", "ffn"), "mlp.down_proj": ("in", "ffn")},
-        "mlp",
+        {"final_layer_norm": nn.Identity, "fc1": nn.Identity, "fc2": _NoFFN},
+        {"fc1": ("out", "ffn"), "fc2": ("in", "ffn")},
+        "fc1",
     ),
 )
 _GPT2 = _Family(
@@ -151,17 +241,131 @@ _VIT = _Family(
         {"layernorm_after": nn.Identity, "mlp": _NoFFN}, {"mlp.fc1": ("out", "ffn"), "mlp.fc2": ("in", "ffn")}, "mlp"
     ),
 )
+_MPNET = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"attention": _SameAttention},
+        {
+            "attention.attn.q": ("out", "heads"),
+            "attention.attn.k": ("out", "heads"),
+            "attention.attn.v": ("out", "heads"),
+            "attention.attn.o": ("in", "heads"),
+        },
+        "attention.attn",
+        shared=("attention", "position_bias"),
+    ),
+    _BERT.ffn,
+)
+_DISTILBERT = _Family(
+    "transformer.layer",
+    _SubLayer(
+        {"attention": _NoAttention, "sa_layer_norm": nn.Identity},
+        {
+            "attention.q_lin": ("out", "heads"),
+            "attention.k_lin": ("out", "heads"),
+            "attention.v_lin": ("out", "heads"),
+            "attention.out_lin": ("in", "heads"),
+        },
+        "attention",
+    ),
+    _SubLayer(
+        {"ffn": _NoFFN, "output_layer_norm": nn.Identity},
+        {"ffn.lin1": ("out", "ffn"), "ffn.lin2": ("in", "ffn")},
+        "ffn",
+    ),
+)
+_MODERNBERT = _Family(
+    "layers",
+    _SubLayer(
+        {"attn_norm": nn.Identity, "attn": _NoAttention},
+        {"attn.Wqkv": ("out", "heads"), "attn.Wo": ("in", "heads")},
+        "attn",
+    ),
+    _SubLayer({"mlp_norm": nn.Identity, "mlp": _NoFFN}, {"mlp.Wi": ("out", "ffn"), "mlp.Wo": ("in", "ffn")}, "mlp"),
+)
+_DINOV2 = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"norm1": nn.Identity, "attention": _NoAttention, "layer_scale1": nn.Identity},
+        _VIT.attention.linears,
+        "attention",
+    ),
+    _SubLayer({"norm2": nn.Identity, "mlp": _NoFFN, "layer_scale2": nn.Identity}, _VIT.ffn.linears, "mlp"),
+)
+_SPLIT_ATTENTION = {
+    "attention.attention.query": ("out", "heads"),
+    "attention.attention.key": ("out", "heads"),
+    "attention.attention.value": ("out", "heads"),
+    "attention.output.dense": ("in", "heads"),
+}
+# As transformers before 5.2x has it, in two modules.
+_OLDER_DINOV2 = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"norm1": nn.Identity, "attention": _NoFFN, "layer_scale1": nn.Identity},
+        _SPLIT_ATTENTION,
+        "attention.attention",
+    ),
+    _DINOV2.ffn,
+)
+_VIDEOMAE = _Family(
+    "encoder.layer",
+    _SubLayer(
+        {"layernorm_before": nn.Identity, "attention": _NoFFN},
+        _SPLIT_ATTENTION,
+        "attention.attention",
+    ),
+    _SubLayer({"layernorm_after": nn.Identity, **_BERT.ffn.swaps}, _BERT.ffn.linears, "intermediate"),
+)
+_CLIP = _Family(
+    "encoder.layers",
+    _SubLayer(
+        {"layer_norm1": nn.Identity, "self_attn": _NoAttention},
+        {
+            "self_attn.q_proj": ("out", "heads"),
+            "self_attn.k_proj": ("out", "heads"),
+            "self_attn.v_proj": ("out", "heads"),
+            "self_attn.out_proj": ("in", "heads"),
+        },
+        "self_attn",
+    ),
+    _SubLayer({"layer_norm2": nn.Identity, "mlp": _NoFFN}, _VIT.ffn.linears, "mlp"),
+)
 # By the stock class of a block, so that a block alone tells its family.
 _FAMILIES = {
     "LlamaDecoderLayer": _LLAMA,
     "MistralDecoderLayer": _LLAMA,
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
+    "SmolLM3DecoderLayer": _LLAMA,
+    "Phi3DecoderLayer": _PHI3,
+    "Gemma2DecoderLayer": _GEMMA,
+    "Gemma3DecoderLayer": _GEMMA,
+    "Olmo2DecoderLayer": _OLMO2,
+    "MixtralDecoderLayer": _LLAMA,
+    "Qwen3MoeDecoderLayer": _LLAMA,
+    "Qwen2_5_VLDecoderLayer": _LLAMA,
     "GPT2Block": _GPT2,
+    "GPTNeoXLayer": _NEOX,
+    "OPTDecoderLayer": _OPT,
     "BertLayer": _BERT,
+    "RobertaLayer": _BERT,
+    "XLMRobertaLayer": _BERT,
+    "ElectraLayer": _BERT,
+    "MPNetLayer": _MPNET,
+    "TransformerBlock": _DISTILBERT,
+    "ModernBertEncoderLayer": _MODERNBERT,
     "ViTLayer": _VIT,
+    "DeiTLayer": _VIT,
+    "Dinov2Layer": _DINOV2,
+    "VideoMAELayer": _VIDEOMAE,
+    "CLIPEncoderLayer": _CLIP,
+    "SiglipEncoderLayer": _CLIP,
 }
-_PLACES = tuple(dict.fromkeys(family.blocks for family in _FAMILIES.values()))
+# By a class that only the older module of a block's class has.
+_OLDER = {"Dinov2SelfAttention": _OLDER_DINOV2}
+# Language models inside others come last.
+_PLACES = (*dict.fromkeys(family.blocks for family in _FAMILIES.values()), "language_model.layers", "text_model.layers")
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -186,9 +390,22 @@ def present(block: nn.Module, kind: str) -> bool:
     return any(type(block.get_submodule(name)).__name__ != other.__name__ for name, other in swaps.items())
 
 
+def has_output_projection(block: nn.Module, kind: str) -> bool:
+    """Whether a sub-layer has one output projection; an FFN with experts has one for each of them."""
+    return kind != "ffn" or not hasattr(getattr(block, "mlp", None), "experts")
+
+
 def output_projection(block: nn.Module, kind: str) -> nn.Module:
-    """The layer that leads from the heads or neurons of a block's `attention` or `ffn` back to the residual stream."""
+    """The layer that leads from the heads or neurons of a block's `attention` or `ffn` back to the residual stream.
+
+    Raises:
+        ValueError: for an FFN with experts.
+    """
     linears = _sublayer(block, kind).linears
+    if not has_output_projection(block, kind):
+        raise ValueError(
+            f"the FFN of a `{type(block).__name__}` with experts has an output projection for each of them"
+        )
     return block.get_submodule(next(path for path, (side, _) in linears.items() if side == "in"))
 
 
@@ -225,6 +442,8 @@ def bypass(block: nn.Module, kind: str) -> Callable[[], None]:
 
 def _sublayer(block: nn.Module, kind: str) -> _SubLayer:
     family = _FAMILIES.get(type(block).__name__)
+    module = sys.modules[type(block).__module__]
+    family = next((older for name, older in _OLDER.items() if hasattr(module, name)), family)
     if family is None or kind not in ("attention", "ffn"):
         raise ValueError(f"`{kind}` of a `{type(block).__name__}` is not known")
     return family.attention if kind == "attention" else family.ffn
@@ -236,15 +455,18 @@ def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None
     layers = section.get("per_layer_config") or {}
     if layers and section.get("schema") != SCHEMA:
         raise ValueError(f"`prunekit` of the configuration has schema {section.get('schema')}, known is {SCHEMA}")
-    blocks = blocks_of(model)
+    blocks, config = blocks_of(model), config.get_text_config()
+    numbers = ("kept_heads",) if _sublayer(blocks[0], "attention").shared else ()
     for key, layer in layers.items():
-        skipped, wrong = layer.get("skip", ()), set(layer) - {"skip", *WIDTHS}
+        skipped, wrong = layer.get("skip", ()), set(layer) - {"skip", *WIDTHS, *numbers}
         wrong |= set(skipped) - set(SKIPS)
         if wrong or not 0 <= int(key) < len(blocks):
             raise ValueError(f"`prunekit.per_layer_config.{key}` is not understood: {sorted(wrong) or 'no such block'}")
         block = blocks[int(key)]
         _narrow_heads(block, layer, config)
-        if "intermediate_size" in layer:
+        if "num_local_experts" in layer or hasattr(getattr(block, "mlp", None), "experts"):
+            _narrow_experts(block, layer)
+        elif "intermediate_size" in layer:
             _narrow_ffn(block, layer["intermediate_size"])
         for name in skipped:
             skip(block, SKIPS[name])
@@ -263,24 +485,66 @@ def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transforme
     if (new_heads, new_kv) == (heads, kv):
         return
     attention = _sublayer(block, "attention")
-    _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv)})
-    core = block.get_submodule(attention.counts)
-    counts = {"num_attention_heads": new_heads, "num_heads": new_heads, "num_key_value_heads": new_kv}
+    if attention.fixed:
+        raise ValueError(f"no head of a `{type(block).__name__}` can go: {attention.fixed}")
+    qkv = (new_heads + 2 * new_kv, heads + 2 * kv)
+    _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv), "qkv": qkv})
+    core: Any = block.get_submodule(attention.counts)
+    if "qkv" in (unit for _, unit in attention.linears.values()):
+        core.config = _OwnNumbers(core.config, num_attention_heads=new_heads)
+    counts = dict.fromkeys(("num_attention_heads", "num_heads", "n_heads"), new_heads) | {"num_key_value_heads": new_kv}
     counts["num_key_value_groups"] = new_heads // new_kv
     for name in ("split_size", "all_head_size"):
         counts[name] = getattr(core, name, 0) * new_heads // heads
     _set_counts(core, counts)
+    if attention.shared:
+        place, argument = attention.shared
+        own = _OwnHeads(argument, layer.get("kept_heads", ()), new_heads)
+        block.get_submodule(place).register_forward_pre_hook(own, with_kwargs=True)
+
+
+class _OwnHeads:
+    """Before a forward, leaves of an argument that blocks share [batch, heads, ...] the heads that a block has."""
+
+    def __init__(self, argument: str, numbers: Sequence[int], heads: int) -> None:
+        if len(numbers) != heads:
+            raise ValueError(f"`kept_heads` must name the {heads} heads that a block has left, it is {list(numbers)}")
+        self.argument, self.numbers = argument, list(numbers)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, self.argument: kwargs[self.argument][:, self.numbers]}
 
 
 def _narrow_ffn(block: nn.Module, new: int) -> None:
     """Gives a block's FFN so many neurons."""
     ffn = _sublayer(block, "ffn")
-    first = block.get_submodule(next(iter(ffn.linears)))
-    neurons = first.weight.shape[_dim(first, "out")]
+    last = block.get_submodule(list(ffn.linears)[-1])
+    neurons = last.weight.shape[_dim(last, "in")]
     if not 0 < new <= neurons:
         raise ValueError(f"a block cannot have {new} neurons, the model has {neurons}")
     _narrow_linears(block, ffn, {"ffn": (new, neurons)})
     _set_counts(block.get_submodule(ffn.counts), {"intermediate_size": new})
+
+
+def _narrow_experts(block: nn.Module, layer: Mapping[str, Any]) -> None:
+    """Gives a block so many experts, of so many neurons each; transformers keeps them in one tensor."""
+    mlp: Any = getattr(block, "mlp", None)
+    if not hasattr(mlp, "experts"):
+        raise ValueError(f"a `{type(block).__name__}` without experts cannot have {layer['num_local_experts']}")
+    experts, router = mlp.experts, mlp.gate
+    count, old = layer.get("num_local_experts", experts.num_experts), experts.num_experts
+    new, neurons = layer.get("intermediate_size", experts.intermediate_dim), experts.intermediate_dim
+    if not router.top_k <= count <= old or not 0 < new <= neurons:
+        raise ValueError(f"a block cannot have {count} experts of {new} neurons, the model has {old} of {neurons}")
+    if (count, new) == (old, neurons):
+        return
+    shapes = {"gate_up_proj": (count, 2 * new), "down_proj": (count, experts.hidden_dim, new)}
+    for name, shape in shapes.items():
+        weight = getattr(experts, name).detach()[tuple(slice(size) for size in shape)]
+        setattr(experts, name, nn.Parameter(weight.clone()))
+    router.weight = nn.Parameter(router.weight.detach()[:count].clone())
+    router.num_experts = experts.num_experts = count
+    experts.intermediate_dim = new
 
 
 def _narrow_linears(block: nn.Module, sublayer: _SubLayer, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -314,7 +578,7 @@ def _compact_cache(blocks: nn.ModuleList, config: transformers.PreTrainedConfig)
     attention is left at all nothing counts tokens: `generate` passes positions on, other callers of GPT-2 have to.
     """
     kept = [present(block, "attention") for block in blocks]
-    if all(kept) or not any(kept):
+    if all(kept) or not any(kept) or not hasattr(config, "use_cache"):
         return
     listed = getattr(config, "layer_types", None)
     types, slots = cache_slots(listed or [""] * len(blocks), kept)
@@ -359,6 +623,15 @@ class _Pruned:
         if base is self or not isinstance(base, _Pruned):
             _apply_plan(base, self.config)  # type: ignore[attr-defined]
 
+    # transformers looks for these in the text of the file that a class is from, which here is not the stock one.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return bool(cls.__bases__[1]._can_set_attn_implementation())  # type: ignore[attr-defined]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls.__bases__[1]._can_set_experts_implementation())  # type: ignore[attr-defined]
+
 
 def __getattr__(name: str) -> Any:
     """Heterogeneous class of that name; with the first one of a family all of the family's are made."""
@@ -387,9 +660,15 @@ def _make_classes(model_type: str) -> None:
         stock, auto = getattr(transformers, name.removeprefix("Prunekit")), auto_class(name)
         cls = _make(name, (_Pruned, stock), {"config_class": config, "_auto_class": auto})
         getattr(transformers, auto).register(config, cls, exist_ok=True)
-        renaming = get_checkpoint_conversion_mapping(stock.__name__)
-        if renaming is not None:
-            register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
+        _rename(stock.__name__, name)
+    _rename(model_type, config.model_type)
+
+
+def _rename(stock: str, own: str) -> None:
+    """What transformers does to tensors of a stock class or model type while loading, for ours too."""
+    renaming = get_checkpoint_conversion_mapping(stock)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(own, renaming, overwrite=True)
 
 
 def _make(name: str, bases: tuple[type, ...], members: Mapping[str, Any]) -> Any:
@@ -402,5 +681,5 @@ def auto_class(name: str) -> str:
     """Auto class of transformers that a model class belongs to; `LlamaForCausalLM` gives `AutoModelForCausalLM`."""
     head = re.search(r"For[A-Z]\w*$", name)
     if head:
-        return f"AutoModel{head.group()}"
+        return f"AutoModel{head.group().replace('ForConditionalGeneration', 'ForImageTextToText')}"
     return "AutoModelForCausalLM" if name.endswith("LMHeadModel") else "AutoModel"

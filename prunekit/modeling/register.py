@@ -34,13 +34,19 @@ def _add_names(auto: ModuleType) -> None:
     )
 
 
+def _family(module: str) -> str | None:
+    """Stock model type that a module is for; its name has underscores for dashes."""
+    named = module.removeprefix(_MODULES)
+    return next((family for family in hetero_families() if family.replace("-", "_") == named), None)
+
+
 class _Finder(MetaPathFinder):
     """Finds the modules of heterogeneous models, and follows the import of the map of model types."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.startswith(_MODULES) and fullname.removeprefix(_MODULES) in hetero_families():
+        if fullname.startswith(_MODULES) and _family(fullname) is not None:
             return ModuleSpec(fullname, _HeterogeneousLoader())
         if fullname != _MAP:
             return None
@@ -59,8 +65,10 @@ class _HeterogeneousLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         from prunekit.modeling import modeling_prunekit
 
-        name = hetero_config_class(module.__name__.removeprefix(_MODULES))
-        setattr(module, name, getattr(modeling_prunekit, name))
+        family = _family(module.__name__)
+        if family is not None:
+            name = hetero_config_class(family)
+            setattr(module, name, getattr(modeling_prunekit, name))
 
 
 class _MapLoader(Loader):

@@ -24,9 +24,9 @@ from prunekit.pipeline.healing import (
     work_folder,
 )
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
-from prunekit.pipeline.measure import Measurer
-from prunekit.pipeline.mend import as_stored, mended, put_into
-from prunekit.plan.layout import loads
+from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
+from prunekit.pipeline.mend import as_stored, mended, put_into, repair_inputs
+from prunekit.plan.loads import loads
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe
@@ -47,7 +47,8 @@ class Result:
         after: the same for the result.
         cut: the same between cut and healing; empty where nothing was healed.
         heal: what the healing says about itself; empty without one.
-        expectations: each limit of `expect` with its value and whether it holds.
+        expectations: each limit of `expect` with its value and whether it holds; where one does not, the manifest and
+            the model card say so.
         verified: the checks in fresh processes.
         seconds: of the parts of the run.
     """
@@ -70,7 +71,7 @@ class Result:
         return {
             "output": str(self.output),
             "layout": made.layout.kind,
-            "loads": loads(made.view, made.layout),
+            "loads": loads(made.view, made.plan, made.layout),
             "before": dict(self.before),
             **({"cut": dict(self.cut), "heal": dict(self.heal)} if self.heal else {}),
             "after": dict(self.after),
@@ -125,6 +126,7 @@ class _Clock:
 def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     """Everything that would end the run later and can be known now."""
     from prunekit.checkpoint.sources import resolve
+    from prunekit.evaluate.run import check
     from prunekit.structure.view import ModelView
 
     if recipe.heal is not None:
@@ -140,13 +142,16 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
         raise ExportError(f"`{output}` is the model itself", hint="give another folder")
     check_evaluation(view, recipe)
     check_healing(view, recipe)
-    if _needs_tokenizer(recipe):
-        tokenizer_for(view, recipe)
+    tokenizer = tokenizer_for(view, recipe) if _needs_tokenizer(recipe) else None
+    repair_inputs(recipe, view)
+    subject = subject_of(recipe, view, tokenizer)
+    check([(subject, sections_of(recipe)), (subject, tasks_of(recipe))])
 
 
 def _needs_tokenizer(recipe: Recipe) -> bool:
     asked = recipe.evaluate
-    return any(part is not None for part in (asked.perplexity, asked.embedding, asked.sample, recipe.heal))
+    parts = (asked.perplexity, asked.embedding, asked.sample, asked.tasks, recipe.heal)
+    return any(part is not None for part in parts)
 
 
 def _finish(
@@ -213,15 +218,13 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     Args:
         dense: changed on the way; not to be used afterwards.
     """
-    import torch
-
     from prunekit.export.verify import make_reference
-    from prunekit.modeling.load import load_tokenizer
+    from prunekit.modeling.load import load_tokenizer, to_float64
     from prunekit.modeling.modeling_prunekit import blocks_of, skip
 
     if made.plan.keep or made.before.params > REFERENCE_PARAMS:
         return None
-    dense = dense.to("cpu", torch.float64)
+    dense = to_float64(dense)
     put_into(dense, made.view, made.repaired)
     for address in made.plan.drop:
         _, number, kind = address.split(".")
@@ -278,6 +281,7 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
             "card": read_inherited(made.view.checkpoint.folder),
         },
         "recipe": effective,
+        "accepted": all(entry["ok"] for entry in result.expectations),
         "plan": made.plan.to_json(),
         "orders": [order.to_json() for order in made.orders],
         **({"repair": dict(made.repair)} if made.repair else {}),
@@ -308,7 +312,8 @@ def _notes(recipe: Recipe) -> list[str]:
         notes.append(f"Repaired by {recipe.repair.method}, fitted on {fitted}; shapes are those of the cut.")
     if asked.perplexity is not None:
         p = asked.perplexity
-        notes.append(f"Perplexity: {p.sequences} windows of {p.length_tokens} tokens of `{Path(p.data).name}`.")
+        stride = f", a window every {p.stride_tokens}" if p.stride_tokens else ""
+        notes.append(f"Perplexity: {p.sequences} windows of {p.length_tokens} tokens of `{Path(p.data).name}`{stride}.")
     if asked.embedding is not None:
         e = asked.embedding
         notes.append(f"Cosine: {e.sequences} inputs of `{Path(e.data).name}`, against the model before the cut.")
@@ -317,4 +322,7 @@ def _notes(recipe: Recipe) -> list[str]:
         notes.append(
             f"Speed: batch {x.batch}, {x.prompt_tokens} tokens read, {x.new_tokens} written, median of {x.repeats}."
         )
+    for entry in asked.tasks or ():
+        options = ", ".join(f"{key} {value}" for key, value in entry.options.items())
+        notes.append(f"`{entry.task}`: {options or 'default options'}.")
     return notes

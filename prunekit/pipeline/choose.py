@@ -15,7 +15,7 @@ from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
 from prunekit.core.types import Order, Scores
-from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, tokenizer_for
+from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, selected_batch, tokenizer_for
 from prunekit.pipeline.weights import reading
 from prunekit.plan.after import after
 from prunekit.plan.allocate import Scored, allocate
@@ -23,6 +23,8 @@ from prunekit.plan.budget import Target, protected
 from prunekit.plan.cost import Cost, cost, unit_cost
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
+from prunekit.plan.require import obedient, rehearse, require_met
+from prunekit.search._candidates import take_turns
 from prunekit.structure.view import ModelView
 
 if TYPE_CHECKING:
@@ -79,13 +81,15 @@ def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = s
     view = ModelView.open(source.folder)
     for step in recipe.steps:
         view.groups(step.remove)
+    rehearse(recipe, view)
     plan, orders = Plan.make(view), []
     for number, step in enumerate(recipe.steps, 1):
         talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
         with Bench(recipe, view, plan, progress) as bench:
-            cuts, found = _choose(step, bench)
+            cuts, found = _choose(obedient(recipe, step, view, plan), bench)
         plan = plan.then(view, cuts)
         orders.append(found)
+    require_met(recipe, view, plan)
     layout = choose_layout(view, plan, recipe.export.layout)
     return Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders))
 
@@ -114,8 +118,10 @@ class Bench:
     @cached_property
     def batch(self) -> Mapping[str, Tensor]:
         """Calibration inputs; made before the model is loaded, so that missing data costs nothing."""
-        calibrate = self.recipe.calibrate
-        return model_batch(self.source, tokenizer_for(self.source, self.recipe), calibrate, calibrate.seed)
+        calibrate, tokenizer = self.recipe.calibrate, tokenizer_for(self.source, self.recipe)
+        if calibrate.select is not None:
+            return selected_batch(self.source, tokenizer, self.recipe, calibrate.select)
+        return model_batch(self.source, tokenizer, calibrate, calibrate.seed)
 
     @cached_property
     def stack(self) -> Stack:
@@ -190,13 +196,19 @@ def _searched(step: Step, method: Any, bench: Bench) -> tuple[Plan, Order]:
             return target.reached(len(removed) / in_unit)
         return target.reached(sum(target.cost(address) for address in removed))
 
-    order = method.propose(evaluator, enough, bench.progress, step.remove)
+    order = method.propose(evaluator, enough, bench.progress, "pairs" if step.budget.keep_alternating else step.remove)
     drop = [address for part in order.steps for address in part.units]
     if len(drop) > most or not enough(frozenset(drop)):
         raise PlanError(
             f"the budget cannot be reached by removing {step.remove}",
             why=f"{step.budget.min_keep} of {len(units)} must stay",
             hint="remove less",
+        )
+    if step.budget.keep_alternating and not take_turns(unit for unit in units if unit not in drop):
+        raise PlanError(
+            "attention and FFN would not go on taking turns",
+            why=f"`{step.by.name}` removes others than pairs of neighbours",
+            hint="search again with `keep_alternating: true`, or take it out",
         )
     provenance = {**_provenance(method, bench, bool(method.needs)), **order.provenance}
     return Plan.make(bench.view, drop), Order(step.by.name, order.steps, provenance)

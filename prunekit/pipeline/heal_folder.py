@@ -24,7 +24,7 @@ from prunekit.pipeline.carry_out import MANIFEST, RECIPE
 from prunekit.pipeline.choose import Talk, silent
 from prunekit.pipeline.healing import check_healing, notes_of, reference_of, scene_of, work_folder
 from prunekit.pipeline.inputs import check_evaluation, tokenizer_for
-from prunekit.pipeline.measure import Measurer
+from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
 from prunekit.plan.layout import Pair, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
@@ -114,6 +114,8 @@ def heal_folder(
     Raises:
         PrunekitError: of the kind that fits; a training that was stopped lies in a folder beside the output.
     """
+    from prunekit.evaluate.run import check
+
     require_free_folder(output, overwrite)
     if output.exists() and output.resolve() == folder.resolve():
         raise UsageError(f"`{output}` is the folder itself", hint="give another folder")
@@ -122,6 +124,8 @@ def heal_folder(
     check_healing(student, recipe)
     check_evaluation(student, recipe)
     tokenizer = tokenizer_for(dense, recipe)
+    subject = subject_of(recipe, dense, tokenizer)
+    check([(subject, sections_of(recipe)), (subject, tasks_of(recipe))])
     require_same_vocabulary(student.config, dense.config, load_tokenizer(folder), tokenizer)
     pairs = _pairs(folder, dense)
     if not is_first_rank():

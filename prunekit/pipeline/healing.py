@@ -11,7 +11,7 @@ from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.heal.run import Healed, check, heal
 from prunekit.heal.scene import Scene, matches, place, ranks
-from prunekit.modeling.load import load_model, load_tokenizer
+from prunekit.modeling.load import load_model, load_tokenizer, to_float64
 from prunekit.pipeline.choose import Talk, silent
 from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
 
@@ -150,14 +150,11 @@ def healed_in_place(scene: Scene, work: Path, max_shard_bytes: int) -> tuple[Ref
 
 def reference_of(healed: Healed, folder: Path) -> Reference | None:
     """Outputs of the healed model in memory, in float64; None if that would take too much of it."""
-    import torch
-
     from prunekit.export.verify import make_reference
 
     if sum(parameter.numel() for parameter in healed.model.parameters()) > REFERENCE_PARAMS:
         return None
-    model = healed.model.to("cpu", torch.float64)
-    return make_reference(model, load_tokenizer(folder), "the healed model in memory")
+    return make_reference(to_float64(healed.model), load_tokenizer(folder), "the healed model in memory")
 
 
 def notes_of(about: Mapping[str, Any]) -> list[str]:

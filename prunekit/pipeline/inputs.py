@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prunekit.core.errors import UsageError
+from prunekit.core.recipe_model import DEVICES
 from prunekit.modeling.load import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prunekit.core.recipe_model import Calibrate, Embedding, Recipe
+    from prunekit.core.recipe_model import Calibrate, Embedding, Recipe, Select
     from prunekit.structure.view import ModelView
 
 Reads = Literal["text", "sentences", "images"]
@@ -37,10 +40,23 @@ def model_batch(view: ModelView, tokenizer: Any, data: Calibrate | Embedding, se
         size, channels = view.config["image_size"], view.config.get("num_channels", 3)
         if not isinstance(size, int):
             raise UsageError("only square images are known here", why=f"`image_size` is {size}")
-        return image_batch(data.data, data.sequences, channels, size, seed)
+        return image_batch(data.data, data.sequences, channels, size, seed, view.config.get("num_frames"))
     if kind == "sentences":
         return sentence_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)
     return {"input_ids": token_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)}
+
+
+def selected_batch(view: ModelView, tokenizer: Any, recipe: Recipe, select: Select) -> Mapping[str, Tensor]:
+    """Calibration inputs that a data-pruning metric keeps, scored by the model before any cut."""
+    from prunekit.datasets.calibration import pool_size, selected
+    from prunekit.modeling.load import load_model
+
+    calibrate, device = recipe.calibrate, device_of(recipe)
+    more = calibrate.model_copy(update={"sequences": pool_size(calibrate.sequences, select)})
+    pool = model_batch(view, tokenizer, more, calibrate.seed)
+    folder, remote = view.checkpoint.folder, recipe.model.trust_remote_code
+    model = load_model(folder, dtype_of(recipe, view, device), device, remote)
+    return selected(pool, calibrate.sequences, select, model, calibrate.seed)[0]
 
 
 def tokenizer_for(view: ModelView, recipe: Recipe) -> Any:
@@ -88,9 +104,19 @@ def device_of(recipe: Recipe) -> str:
     Raises:
         UsageError: if this machine has no such device.
     """
+    return device_named(recipe.model.device)
+
+
+def device_named(wanted: str) -> str:
+    """The device that a name means: `auto` is the first GPU, or the CPU without one.
+
+    Raises:
+        UsageError: if there is no such device, or the name is none.
+    """
     import torch
 
-    wanted = recipe.model.device
+    if not re.fullmatch(DEVICES, wanted):
+        raise UsageError(f"`{wanted}` is no device", hint="allowed: auto, cpu, mps, cuda, cuda:1")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda"):

@@ -11,7 +11,10 @@ from prunekit.modeling.load import load_model
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, reads
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_model import Embedding, Latency, Perplexity, Recipe
+    from prunekit.core.recipe_model import Embedding, Recipe
+    from prunekit.evaluate.results import Measured
+    from prunekit.evaluate.specs import Asked
+    from prunekit.evaluate.subject import Subject
     from prunekit.structure.view import ModelView
 
 
@@ -46,24 +49,30 @@ class Measurer:
         """
         asked = self.recipe.evaluate
         found: dict[str, Any] = {}
-        if asked.perplexity is not None:
-            found["perplexity"] = self._perplexity(model, asked.perplexity)
+        subject = subject_of(self.recipe, self.view, self.tokenizer, model)
+        for entry in self._run(sections_of(self.recipe), subject):
+            known = _SECTIONS[entry.asked.name]
+            found |= {name: figure.value for name, figure in entry.figures.items() if name in known}
+        figures = {
+            f"{entry.asked.label}.{name}": figure.value
+            for entry in self._run(tasks_of(self.recipe), subject)
+            for name, figure in entry.figures.items()
+        }
+        if figures:
+            found["figures"] = figures
         if asked.embedding is not None:
             found["embedding_cosine"] = self._embedding(model, dense, asked.embedding)
-        if asked.latency is not None:
-            found |= self._latency(model, asked.latency)
         if asked.sample is not None:
             from prunekit.evaluate.sample import continuation
 
             found["sample"] = continuation(model, self.tokenizer, asked.sample.prompt, asked.sample.new_tokens)
         return found
 
-    def _perplexity(self, model: Any, asked: Perplexity) -> float:
-        from prunekit.calibrate.batches import token_batch
-        from prunekit.evaluate.perplexity import perplexity
+    def _run(self, tasks: list[Asked], subject: Subject) -> list[Measured]:
+        from prunekit.evaluate.run import check, measure
 
-        ids = token_batch(self.tokenizer, asked.data, asked.sequences, asked.length_tokens)
-        return perplexity(model, ids, progress=self.progress).perplexity
+        (work,) = check([(subject, tasks)])
+        return [measure(task, prepared, subject, self.progress) for task, _, prepared in work.tasks]
 
     def _embedding(self, model: Any, dense: Any, asked: Embedding) -> float:
         from prunekit.evaluate.embedding import embedding_cosine, feature_cosine
@@ -71,10 +80,44 @@ class Measurer:
         compare = feature_cosine if reads(self.view) == "images" else embedding_cosine
         return compare(dense, model, model_batch(self.view, self.tokenizer, asked), progress=self.progress).mean
 
-    def _latency(self, model: Any, asked: Latency) -> dict[str, Any]:
-        from prunekit.evaluate.latency import measure_latency
 
-        done = measure_latency(
-            model, asked.batch, asked.prompt_tokens, asked.new_tokens, asked.repeats, progress=self.progress
-        )
-        return {"prefill_tokens_s": done.prefill_tokens_s, "decode_tokens_s": done.decode_tokens_s}
+# Sections of `evaluate` that are tasks, and which of their figures tables and `expect` know.
+_SECTIONS = {"perplexity": ("perplexity",), "latency": ("prefill_tokens_s", "decode_tokens_s")}
+
+
+def sections_of(recipe: Recipe) -> list[Asked]:
+    """The tasks that sections of a recipe's `evaluate` stand for."""
+    from prunekit.evaluate.specs import asked
+
+    sections = {name: getattr(recipe.evaluate, name) for name in _SECTIONS}
+    return [asked(name, part.model_dump()) for name, part in sections.items() if part is not None]
+
+
+def tasks_of(recipe: Recipe) -> list[Asked]:
+    """The tasks that a recipe lists under `evaluate.tasks`."""
+    from prunekit.evaluate.specs import asked
+
+    return [asked(entry.task, entry.options, entry.name) for entry in recipe.evaluate.tasks or ()]
+
+
+def subject_of(recipe: Recipe, view: ModelView, tokenizer: Any, model: Any = None) -> Subject:
+    """The model as tasks take it.
+
+    Args:
+        recipe: says the device and the type.
+        view: the model before the cut.
+        tokenizer: of it.
+        model: loaded, in eval mode; None where only data is checked.
+    """
+    from prunekit.evaluate.subject import Subject
+
+    device = device_of(recipe)
+    return Subject(
+        name=recipe.model.source,
+        folder=view.checkpoint.folder,
+        config=view.config,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype_of(recipe, view, device),
+        loaded=model,
+    )

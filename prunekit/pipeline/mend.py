@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from prunekit.checkpoint.reader import torch_dtypes
+from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.registry import REPAIRS
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, tokenizer_for
@@ -38,7 +39,7 @@ def mended(recipe: Recipe, made: Made, progress: Progress = NULL_PROGRESS) -> Ma
     from prunekit.modeling.load import load_model
 
     view, asked = made.view, recipe.repair
-    inputs = model_batch(view, tokenizer_for(view, recipe), asked.calibrate, asked.calibrate.seed)
+    inputs = repair_inputs(recipe, view)
     device = device_of(recipe)
     dtype = dtype_of(recipe, view, device)
     stack = Stack(load_model(view.checkpoint.folder, dtype, device, recipe.model.trust_remote_code))
@@ -51,6 +52,25 @@ def mended(recipe: Recipe, made: Made, progress: Progress = NULL_PROGRESS) -> Ma
         "error": found.error,
     }
     return replace(made, repaired=found.projections, repair=about)
+
+
+def repair_inputs(recipe: Recipe, view: ModelView) -> dict[str, Tensor]:
+    """What a recipe's repair is fitted on; empty without one.
+
+    Raises:
+        UsageError: where the data does not do.
+        PlanError: where the family's sub-layers end in a norm, which no repair undoes.
+    """
+    if recipe.repair is None:
+        return {}
+    if view.norm == "post":
+        raise PlanError(
+            f"`repair: {recipe.repair.method}` does not go with `{view.model_type}`",
+            why="a norm follows each sum, so what is missing is not a matter of the last matrix",
+            hint="leave `repair` out",
+        )
+    asked = recipe.repair.calibrate
+    return model_batch(view, tokenizer_for(view, recipe), asked, asked.seed)
 
 
 def kept_channels(view: ModelView, plan: Plan) -> dict[str, Tensor]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prunekit.plan.cost import kept_widths
+from prunekit.plan.cost import kept_experts, kept_widths
+from prunekit.structure.architecture import dim_size
 from prunekit.structure.view import Block, ModelView, SubLayer
 
 if TYPE_CHECKING:
@@ -27,8 +27,14 @@ def _left(view: ModelView, sublayer: SubLayer | None, plan: Plan) -> SubLayer | 
         return None
     widths = kept_widths(sublayer, plan)
     sizes = {**view.sizes(sublayer), **widths}
+    experts = kept_experts(sublayer, plan)
     tensors = tuple(
-        replace(ref, shape=tuple(math.prod(sizes[axis] for axis in dim) for dim in ref.layout))
+        replace(
+            ref,
+            shape=tuple(dim_size(dim, sizes) for dim in ref.layout),
+            expert=None if ref.expert is None else experts[ref.expert],
+        )
         for ref in sublayer.tensors
+        if ref.expert is None or ref.expert in experts
     )
     return replace(sublayer, widths=widths, tensors=tensors)

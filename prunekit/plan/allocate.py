@@ -10,6 +10,7 @@ from prunekit.core.errors import PlanError
 from prunekit.core.rounding import n_keep, rounded_keep
 from prunekit.plan.budget import Target, protected
 from prunekit.plan.plan import Plan
+from prunekit.search._candidates import candidates
 from prunekit.structure.view import WIDTHS
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def allocate(source: ModelView, view: ModelView, kind: str, scored: Sequence[Sco
         else:
             keep = _ranked(source, view, kind, scored, budget, safe)
         return Plan.make(view, keep=keep)
-    return Plan.make(view, drop=_whole(source, view, kind, scored[0], budget, safe))
+    choose = _pairs if budget.keep_alternating else _whole
+    return Plan.make(view, drop=choose(source, view, kind, scored[0], budget, safe))
 
 
 def _whole(
@@ -71,6 +73,25 @@ def _whole(
     _require(target, removed, kind, budget)
     left = [sublayer.address for sublayer in view.sublayers]
     return [address for unit in gone for address in left if address == unit or address.rpartition(".")[0] == unit]
+
+
+def _pairs(
+    source: ModelView, view: ModelView, kind: str, scored: Scored, budget: Budget, safe: frozenset[str]
+) -> list[str]:
+    """Sub-layers that go in pairs of neighbours, the lowest sum of scores first; those left go on taking turns."""
+    units, worth = scored.group.units, dict(zip(scored.group.units, scored.values, strict=True))
+    target = Target(source, view, budget, kind, len(units))
+    gone: frozenset[str] = frozenset()
+    removed = 0.0
+    while not target.reached(removed) and len(units) - len(gone) - 2 >= budget.min_keep:
+        pairs = candidates("pairs", units, gone, safe)
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: sum(worth[unit] for unit in pair))
+        gone |= set(best)
+        removed += sum(target.cost(unit) for unit in best)
+    _require(target, removed, kind, budget)
+    return [unit for unit in units if unit in gone]
 
 
 def _require(target: Target, removed: float, kind: str, budget: Budget) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prunekit.checkpoint.reader import ITEM_BYTES
 from prunekit.core.errors import PlanError
+from prunekit.structure.architecture import dim_size
 from prunekit.structure.view import WIDTHS
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class Cost:
     Args:
         params: stored weights; a tied head counts once.
         block_params: those inside blocks.
-        flops_per_token: two for each weight of a matrix that a token passes: blocks, head, patch projection. What
-            attention spends on its context is left out, since it depends on its length.
+        flops_per_token: two for each weight of a matrix that a token passes: blocks, with those experts only that one
+            token goes to, head, patch projection. What attention spends on its context is left out, since it depends
+            on its length.
         kv_bytes_per_token: keys and values that a decoder keeps for each token, in the type of the weights.
         weight_bytes: bytes of all weights.
     """
@@ -51,7 +53,7 @@ def cost(view: ModelView, plan: Plan | None = None) -> Cost:
     return Cost(
         params=sum(count for _, count in (*parts, *outer)),
         block_params=sum(count for _, count in parts),
-        flops_per_token=_flops(parts) + sum(2 * math.prod(ref.shape) for ref in outer_matrices),
+        flops_per_token=_flops(view, parts) + sum(2 * math.prod(ref.shape) for ref in outer_matrices),
         kv_bytes_per_token=sum(_kv_bytes(view, sublayer, widths) for sublayer, widths in left),
         weight_bytes=sum(count * ITEM_BYTES[ref.dtype] for ref, count in (*parts, *outer)),
     )
@@ -93,7 +95,7 @@ def _sublayer_cost(view: ModelView, sublayer: SubLayer, of: str, changed: Mappin
     if of == "params":
         return sum(count for _, count in _counts(view, sublayer, widths))
     if of == "flops":
-        return _flops(_counts(view, sublayer, widths))
+        return _flops(view, _counts(view, sublayer, widths))
     if of == "kv_bytes":
         return _kv_bytes(view, sublayer, widths)
     raise PlanError(f"shapes do not tell `{of}`", hint="use params, flops or kv_bytes")
@@ -109,14 +111,28 @@ def kept_widths(sublayer: SubLayer, plan: Plan | None) -> dict[str, int]:
     return widths
 
 
+def kept_experts(sublayer: SubLayer, plan: Plan) -> dict[int, int]:
+    """New number of each expert that stays, by its old one; empty where there are none."""
+    every = range(sublayer.widths.get("experts", 0))
+    kept = plan.keep.get(f"{sublayer.address}.experts", every)
+    return {old: new for new, old in enumerate(kept)}
+
+
 def _counts(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> list[tuple[TensorRef, int]]:
     """Every tensor of a sub-layer with the number of its weights at these widths."""
     sizes = {**view.sizes(sublayer), **widths}
-    return [(ref, math.prod(sizes[axis] for dim in ref.layout for axis in dim)) for ref in sublayer.tensors]
+    # Experts are alike, so that it does not matter which of them stay.
+    return [
+        (ref, math.prod(dim_size(dim, sizes) for dim in ref.layout))
+        for ref in sublayer.tensors
+        if ref.expert is None or ref.expert < sizes["experts"]
+    ]
 
 
-def _flops(parts: Iterable[tuple[TensorRef, int]]) -> int:
-    return sum(2 * count for ref, count in parts if len(ref.shape) == 2)
+def _flops(view: ModelView, parts: Iterable[tuple[TensorRef, int]]) -> int:
+    """A token passes as many experts as the configuration says, and experts are alike."""
+    passed = [(ref, count) for ref, count in parts if ref.expert is None or ref.expert < view.active_experts]
+    return sum(2 * count for ref, count in passed if len(ref.shape) == 2)
 
 
 def _kv_bytes(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> int:

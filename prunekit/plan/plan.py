@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import PlanError
-from prunekit.core.files import write_json
 from prunekit.structure.view import WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
 
 VERSION = 1
-_MAX_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,8 @@ class Plan:
     Args:
         drop: addresses of the sub-layers that go whole, in execution order.
         keep: positions that stay, ascending, by `blocks.3.ffn.neurons`, `blocks.3.attention.kv_groups` or
-            `blocks.3.attention.query_heads` (positions inside a KV group, the same in every group).
+            `blocks.3.attention.query_heads` (positions inside a KV group, the same in every group); `neurons` of an
+            FFN with experts are positions inside an expert, the same in every expert.
         model: what the plan was made for: model type, and the widths of every block.
     """
 
@@ -77,6 +74,14 @@ class Plan:
         if owner in self.drop:
             raise PlanError(f"the plan narrows `{address}` and drops `{owner}`", hint="it can only do one of them")
         width = _width(view, address)
+        if kind in view.arch.fixed and len(kept) < width:
+            raise PlanError(f"`{address}` cannot be narrowed", why=view.arch.fixed[kind])
+        if kind == "experts" and 0 < len(kept) < min(view.active_experts, width):
+            raise PlanError(
+                f"the plan leaves {len(kept)} experts in `{owner}`",
+                why=f"every token passes {view.active_experts}",
+                hint=f"keep at least {view.active_experts}, for example with `min_keep`",
+            )
         if not kept:
             raise PlanError(f"the plan leaves no {kind} in `{owner}`", why=f"all {width} would go", hint="remove less")
         if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= width:
@@ -102,27 +107,6 @@ class Plan:
         """Plain values."""
         keep = {address: list(kept) for address, kept in self.keep.items()}
         return {"plan": VERSION, "model": dict(self.model), "drop": list(self.drop), "keep": keep}
-
-    def write(self, path: Path) -> None:
-        """Writes the plan as JSON."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def read(cls, path: Path) -> Plan:
-        """The plan in a file; whether it fits a model is for `check`.
-
-        Raises:
-            PlanError: if it is no plan.
-        """
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise PlanError(f"`{path}` is larger than any plan")
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise PlanError(f"`{path}` cannot be read", why=error.strerror or str(error)) from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            hint = "prunekit plan --recipe FILE --output plan.json makes one"
-            raise PlanError(f"`{path}` is not a plan", why=" ".join(str(error).split())[:200], hint=hint) from error
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
@@ -152,6 +136,6 @@ def _width(view: ModelView, address: str) -> int:
     """Units there are at a width address."""
     owner, _, kind = address.rpartition(".")
     found = next((sublayer for sublayer in view.sublayers if sublayer.address == owner), None)
-    if found is None or kind not in WIDTHS or WIDTHS[kind][0] != found.kind:
+    if found is None or kind not in WIDTHS or WIDTHS[kind][1] not in found.widths:
         raise PlanError(f"the plan narrows `{address}`, which the model does not have")
     return found.widths[WIDTHS[kind][1]]

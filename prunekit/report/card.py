@@ -74,6 +74,7 @@ class CardFacts:
         versions: package versions.
         layer_map: file name of the map, "" for none.
         onnx: sub-folder of the ONNX files, "" for none.
+        missed: limits of the recipe that the model does not keep, as sentences.
         report: file name of the HTML report, "" for none.
         results: measurements for the card's `model-index`.
     """
@@ -93,6 +94,7 @@ class CardFacts:
     samples: Mapping[str, str] = field(default_factory=dict)
     layer_map: str = ""
     onnx: str = ""
+    missed: Sequence[str] = ()
     report: str = ""
     results: Sequence[Score] = ()
 
@@ -107,6 +109,7 @@ def card_facts(run: Run, auto_class: str, layer_map: str = "", report: str = "")
         report: file name of the HTML report, "" for none.
     """
     rows = run.rows
+    missed = [f"`{e.name}: {_short(e.limit)}` got {_short(e.value)}" for e in run.expectations if not e.ok]
     return CardFacts(
         title=run.title,
         source=str(part(run.recipe, "model").get("source") or run.source.name),
@@ -125,7 +128,12 @@ def card_facts(run: Run, auto_class: str, layer_map: str = "", report: str = "")
         onnx="onnx" if run.onnx else "",
         report=report,
         results=_results(run),
+        missed=missed,
     )
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _results(run: Run) -> list[Score]:
@@ -173,6 +181,8 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
         tags.append("custom_code")
     if facts.onnx:
         tags.append("onnx")
+    if facts.missed:
+        tags.append("not-accepted")
     return {**block, "tags": tags, **_model_index(facts, str(block.get("pipeline_tag", "")))}
 
 
@@ -202,6 +212,8 @@ def model_card(facts: CardFacts) -> str:
     base = metadata(facts).get("base_model")
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"`{facts.source}`"
     parts = [f"---\n{block}\n---", f"# {facts.title}", f"{origin}, made smaller by prunekit. {_LAYOUTS[facts.layout]}"]
+    if facts.missed:
+        parts += ["## Not accepted", "The recipe's limits do not hold for this model:", _bullets(facts.missed)]
     parts += ["## What was removed", _bullets(facts.removed) or "Nothing."]
     if facts.layer_map:
         parts.append(f"![which sub-layers were kept, narrowed or removed]({facts.layer_map})")

@@ -98,7 +98,7 @@ def _cell(sublayer: SubLayer | None, plan: Plan, dropped: set[str]) -> Cell:
 def _unit_counts(sublayer: SubLayer) -> dict[str, int]:
     w = sublayer.widths
     if sublayer.kind == "ffn":
-        return {"neurons": w["ffn"]}
+        return {"neurons": w["ffn"], **({"experts": w["experts"]} if "experts" in w else {})}
     return {"kv_groups": w["kv"], "query_heads": w["rep"]}
 
 

@@ -24,7 +24,8 @@ class BlockShape:
         heads: query heads.
         kv_groups: key-value heads.
         head_width: numbers per head.
-        ffn: neurons of the FFN.
+        ffn: neurons of the FFN, of each expert where it has experts.
+        experts: experts of the FFN, None for none.
         params: parameters of the block.
         flops: floating-point operations a token.
         kv_bytes: bytes of KV cache a token.
@@ -35,6 +36,7 @@ class BlockShape:
     kv_groups: int | None
     head_width: int | None
     ffn: int | None
+    experts: int | None
     params: int
     flops: int
     kv_bytes: int
@@ -62,6 +64,7 @@ def _shape(view: ModelView, block: Block) -> BlockShape:
         kv_groups=attention.widths["kv"] if attention else None,
         head_width=attention.widths["hd"] if attention else None,
         ffn=ffn.widths["ffn"] if ffn else None,
+        experts=ffn.widths.get("experts") if ffn else None,
         params=total("params"),
         flops=total("flops"),
         kv_bytes=total("kv_bytes"),
@@ -71,6 +74,7 @@ def _shape(view: ModelView, block: Block) -> BlockShape:
 def structure_table(shapes: Sequence[BlockShape]) -> Table:
     """Rich table: a line a range of equal blocks, costs per block."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    mixed = any(shape.experts for shape in shapes)
     table.add_column("blocks")
     heads = (
         "count",
@@ -78,6 +82,7 @@ def structure_table(shapes: Sequence[BlockShape]) -> Table:
         "KV groups",
         "head width",
         "FFN width",
+        *(["experts"] if mixed else []),
         "parameters (k)",
         "MFLOPs/token",
         "KV bytes/token",
@@ -86,7 +91,7 @@ def structure_table(shapes: Sequence[BlockShape]) -> Table:
         table.add_column(head, justify="right")
     for run in fold(shapes, BlockShape.shape):
         first = run[0]
-        widths = (first.heads, first.kv_groups, first.head_width, first.ffn)
+        widths = (first.heads, first.kv_groups, first.head_width, first.ffn, *([first.experts] if mixed else []))
         table.add_row(
             numbers([s.block for s in run]),
             str(len(run)),

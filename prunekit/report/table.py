@@ -57,10 +57,10 @@ class Line:
 
 
 def lines(before: Mapping[str, Any], after: Mapping[str, Any], cut: Mapping[str, Any] | None = None) -> list[Line]:
-    """Lines for every known measurement that both or either side has.
+    """Lines for every known measurement that both or either side has, then for every figure of a task.
 
     Args:
-        before: values by key as in `MEASURES`; None or missing where not measured.
+        before: values by key as in `MEASURES`, None or missing where not measured; and under `figures` those of tasks.
         after: the same for the result.
         cut: the same after the cut and before healing; None or empty where nothing was healed.
     Returns:
@@ -74,6 +74,11 @@ def lines(before: Mapping[str, Any], after: Mapping[str, Any], cut: Mapping[str,
         scale, unit = _scale(measure.unit, max(abs(v) for v in (a, b) if v is not None))
         between = _number(cut.get(measure.key), scale) if cut else ""
         shown.append(Line(measure.label, unit, _number(a, scale), _number(b, scale), _change(a, b), between))
+    figures = [side.get("figures") or {} for side in (before, after, cut or {})]
+    for key in dict.fromkeys([*figures[0], *figures[1]]):
+        a, b = figures[0].get(key), figures[1].get(key)
+        between = _number(figures[2].get(key), 1.0) if cut else ""
+        shown.append(Line(key, "", _number(a, 1.0), _number(b, 1.0), _change(a, b), between))
     return shown
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from prunekit.structure.architecture import dim_size, sections
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,7 +70,16 @@ def by_axis(tensor: Tensor, layout: Layout, axis: str, sizes: Mapping[str, int])
         axis: one of them.
         sizes: size of every axis.
     Returns:
-        [positions, everything else]; an output projection [32, kv 2 x rep 2 x hd 8] by `kv` gives [2, 512].
+        [positions, everything else]; an output projection [32, kv 2 x rep 2 x hd 8] by `kv` gives [2, 512]. Sections
+        of a dimension follow each other; each has the axis, or those without it are left out.
     """
-    axes = [name for dim in layout for name in dim]
-    return tensor.reshape([sizes[name] for name in axes]).movedim(axes.index(axis), 0).flatten(1)
+    import torch
+
+    place = next(place for place, dim in enumerate(layout) if axis in dim)
+    found = []
+    lengths = [dim_size(part, sizes) for part in sections(layout[place])]
+    for part, piece in zip(sections(layout[place]), tensor.split(lengths, dim=place), strict=True):
+        if axis in part:
+            apart = piece.unflatten(place, [sizes[name] for name in part])
+            found.append(apart.movedim(place + part.index(axis), 0).flatten(1))
+    return torch.cat(found, dim=1)

@@ -37,6 +37,7 @@ class Magnitude:
         "query_heads",
         "kv_groups",
         "neurons",
+        "experts",
     )
     needs: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = (
@@ -75,14 +76,19 @@ class Magnitude:
         return total / max(1, count)
 
     def _by_position(self, group: Group, weights: Weights) -> Tensor:
-        """Mean power of each position of the group's axis, over all matrices that have it."""
+        """Mean power of each position of the group's axis, over all matrices that have it; an expert's are its own."""
         import torch
 
         from prunekit.scores._weights import by_axis, matrices
 
-        total, count = torch.zeros(len(group.units), dtype=torch.float64), 0
+        total, count = torch.zeros(2, len(group.units), dtype=torch.float64)
         for ref in matrices(group.members[0]):
+            if group.kind == "experts" and ref.expert is not None:
+                tensor = weights(ref.name)
+                total[ref.expert] += self._powers(tensor).sum()
+                count[ref.expert] += tensor.numel()
+                continue
             rows = by_axis(weights(ref.name), ref.layout, group.axis, group.sizes)
             total += self._powers(rows).sum(dim=1)
             count += rows.shape[1]
-        return total / max(1, count)
+        return total / count.clamp(min=1)

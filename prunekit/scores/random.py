@@ -33,6 +33,7 @@ class Random:
         "query_heads",
         "kv_groups",
         "neurons",
+        "experts",
     )
     needs: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from prunekit.core.errors import StructureError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,7 +43,9 @@ class Wanda:
         from prunekit.scores._weights import by_axis
 
         ref = group.output
-        assert ref is not None
+        if ref is None:
+            why = "every expert has its own"
+            raise StructureError(f"`{group.address}` has no single output projection", why=why, hint="use `magnitude`")
         sizes = stats[f"projection/square/{group.address.rpartition('.')[0]}"].double().sqrt()
         matrix = weights(ref.name).double().abs()
         scaled = matrix * (sizes if ref.layout[0] == ("hidden",) else sizes[:, None])

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-# Kinds of candidate that keep to a kind of unit.
+# Kinds of candidate that keep to a kind of unit; pairs are what sub-layers go by where they must go on taking turns.
 ALLOWED = {
     "sublayers": ("sublayers", "attention", "ffn", "blocks", "pairs", "mixed"),
+    "pairs": ("pairs", "blocks"),
     "blocks": ("blocks",),
     "attention": ("attention",),
     "ffn": ("ffn",),
@@ -40,7 +41,7 @@ def candidates(kind: str, addresses: Sequence[str], removed: frozenset[str], kep
     elif kind in ("attention", "ffn"):
         found = [(address,) for address in alive if kind_of(address) == kind]
     if kind == "pairs":
-        found = [pair for pair in pairwise(alive) if _leaves_turns(alive, pair)]
+        found = [pair for pair in pairwise(alive) if take_turns(a for a in alive if a not in pair)]
     elif kind == "mixed":
         found += [pair for pair in pairwise(alive) if kind_of(pair[0]) != kind_of(pair[1])]
     return [units for units in found if len(units) < len(alive) and not kept.intersection(units)]
@@ -51,9 +52,10 @@ def kind_of(address: str) -> str:
     return address.rpartition(".")[2]
 
 
-def _leaves_turns(alive: Sequence[str], pair: Units) -> bool:
-    left = [kind_of(address) for address in alive if address not in pair]
-    return left == ["attention", "ffn"] * (len(left) // 2)
+def take_turns(addresses: Iterable[str]) -> bool:
+    """Whether these are an attention, an FFN, an attention and so on, up to an FFN."""
+    kinds = [kind_of(address) for address in addresses]
+    return kinds == ["attention", "ffn"] * (len(kinds) // 2)
 
 
 def ordered(units: Iterable[Units], kind: str, addresses: Sequence[str], kept: frozenset[str]) -> list[Units] | None:

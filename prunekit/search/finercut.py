@@ -75,7 +75,7 @@ class FinerCut:
             evaluator: runs the cut models.
             enough: whether this set of removed sub-layers reaches the budget.
             progress: shown as candidates evaluated on all data.
-            kind: kind of unit that the recipe's step removes.
+            kind: kind of unit that the recipe's step removes; `pairs` for sub-layers that must go on taking turns.
         Raises:
             UsageError: if the knobs do not go with the kind or the model.
             PlanError: if nothing more can go before the budget is reached.
@@ -106,8 +106,9 @@ class FinerCut:
 
         chosen = self.candidates or kind
         if chosen not in ALLOWED[kind]:
+            step = "keep_alternating" if kind == "pairs" else f"remove: {kind}"
             raise UsageError(
-                f"`candidates: {chosen}` does not go with `remove: {kind}`",
+                f"`candidates: {chosen}` does not go with `{step}`",
                 why=f"then {', '.join(ALLOWED[kind])} may go in one step",
                 hint="leave `candidates` out" if kind != "sublayers" else "",
             )

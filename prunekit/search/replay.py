@@ -56,7 +56,7 @@ class Replay:
             evaluator: tells which sub-layers there are; nothing is run.
             enough: whether this set of removed sub-layers reaches the budget.
             progress: unused.
-            kind: kind of unit that the recipe's step removes.
+            kind: kind of unit that the recipe's step removes; `pairs` for sub-layers that must go on taking turns.
         Raises:
             UsageError: if the file is not such a file, or its order is not for this kind of unit.
             PlanError: if it removes what the model does not have or what is protected, or stops before the budget.
@@ -125,4 +125,4 @@ def _is_of(units: tuple[str, ...], kind: str, addresses: tuple[str, ...]) -> boo
     if kind == "blocks":
         block = units[0].rpartition(".")[0]
         return set(units) == {address for address in addresses if address.rpartition(".")[0] == block}
-    return kind == "sublayers" or all(unit.rpartition(".")[2] == kind for unit in units)
+    return kind in ("sublayers", "pairs") or all(unit.rpartition(".")[2] == kind for unit in units)

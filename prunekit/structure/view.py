@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import StructureError
-from prunekit.structure.architecture import PREFIX, Architecture, Layout, architecture
+from prunekit.structure.architecture import PREFIX, Architecture, Layout, Norm, Pattern, architecture, dim_size
 
 SublayerKind = Literal["attention", "ffn"]
 SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
@@ -21,10 +20,11 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
     "query_heads": ("attention", "rep"),
     "kv_groups": ("attention", "kv"),
     "neurons": ("ffn", "ffn"),
+    "experts": ("ffn", "experts"),
 }
 # What a configuration of a heterogeneous folder calls a removed sub-layer.
 SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
-_PARTS = {"part": 3}
+_PARTS = {"part": 3, "half": 2}
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class TensorRef:
         shape: its dimensions.
         layout: for each dimension the axes it factors into, outermost first: a query projection has
             `(("kv", "rep", "hd"), ("hidden",))`.
+        expert: number of the expert that it belongs to, None for none.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     layout: Layout
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class SubLayer:
         address: `blocks.3.attention`.
         kind: `attention` or `ffn`.
         block: number of the block.
-        widths: attention: `kv` (KV groups), `rep` (query heads in each), `hd` (numbers a head); FFN: `ffn` (neurons).
+        widths: attention: `kv` (KV groups), `rep` (query heads in each), `hd` (numbers a head); FFN: `ffn` (neurons,
+            those of each expert where it has experts) and, with experts, `experts`.
         tensors: all of them.
     """
 
@@ -83,7 +86,7 @@ class Group:
     """Units of one kind in one place, which compete with each other.
 
     Args:
-        kind: `blocks`, `sublayers`, `attention`, `ffn`, `query_heads`, `kv_groups` or `neurons`.
+        kind: `blocks`, `sublayers`, `attention`, `ffn`, `query_heads`, `kv_groups`, `neurons` or `experts`.
         address: the kind, or for widths the sub-layer and the kind: `blocks.3.ffn.neurons`.
         units: addresses of the units.
         members: tensors of each unit; for widths one entry, the tensors that all units share.
@@ -112,8 +115,8 @@ class ModelView:
         blocks: in execution order.
         outer: tensors outside blocks: embeddings, last norm, head.
         hidden: width of the residual stream.
-        widths: what the configuration says of all blocks: `kv`, `rep`, `hd`, `ffn`; those of a heterogeneous folder may
-            differ from it.
+        widths: what the configuration says of all attentions and FFNs, by kind (`dense_ffn`: those of blocks without
+            experts in a model that has them); those of a heterogeneous folder may differ from it.
     """
 
     checkpoint: Checkpoint
@@ -122,7 +125,7 @@ class ModelView:
     blocks: tuple[Block, ...]
     outer: tuple[TensorRef, ...]
     hidden: int
-    widths: Mapping[str, int]
+    widths: Mapping[str, Mapping[str, int]]
 
     @classmethod
     def open(cls, folder: Path) -> ModelView:
@@ -153,15 +156,38 @@ class ModelView:
         )
         return cls(checkpoint, arch, model_type.removeprefix(PREFIX), blocks, tuple(outer), shape.hidden, shape.usual())
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as stored."""
-        return self.checkpoint.config
+        """The configuration as stored; `architectures` names no head that the files do not hold."""
+        config = self.checkpoint.config
+        named = self.arch.classes(config, self.checkpoint.tensors)
+        return {**config, "architectures": named} if named else config
 
     @property
     def heterogeneous(self) -> bool:
         """Whether prunekit wrote the folder with blocks that differ."""
         return str(self.config.get("model_type", "")).startswith(PREFIX)
+
+    @property
+    def section(self) -> str:
+        """Key of the configuration's part that describes the blocks, "" where the whole does."""
+        return self.arch.section if self.arch.section in self.config else ""
+
+    @cached_property
+    def text(self) -> dict[str, Any]:
+        """The part of the configuration that describes the blocks."""
+        return text_config(self.config, self.arch)
+
+    @property
+    def norm(self) -> Norm:
+        """How sub-layers are normalised and summed, as in `Architecture`."""
+        return self.arch.norm_of(self.text)
+
+    def heads_of(self, block: int) -> list[int]:
+        """Numbers that a block's heads have in the dense model; of a heterogeneous folder they may have gaps."""
+        layers = (self.config.get("prunekit") or {}).get("per_layer_config") or {}
+        numbers = next((layer.get("kept_heads") for key, layer in layers.items() if int(key) == block), None)
+        return list(numbers or range(self.widths["attention"]["kv"]))
 
     @cached_property
     def sublayers(self) -> tuple[SubLayer, ...]:
@@ -182,9 +208,12 @@ class ModelView:
     def tied(self) -> bool:
         """Whether a head shares the token embedding."""
         stored = self._outer_like(self.arch.head) is not None
-        named = re.search(r"For(Causal|Masked)LM|LMHead", " ".join(self.config.get("architectures") or ()))
-        default = self.arch.name in ("gpt2", "bert")
-        return bool(not stored and named and self.config.get("tie_word_embeddings", default))
+        named = re.search(
+            r"For(CausalLM|MaskedLM|ConditionalGeneration)|LMHead", " ".join(self.config.get("architectures") or ())
+        )
+        default = self.model_type in self.arch.tied
+        said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings", default))
+        return bool(not stored and named and said)
 
     def _outer_like(self, pattern: str) -> TensorRef | None:
         return next((ref for ref in self.outer if pattern and re.fullmatch(pattern, ref.name)), None)
@@ -204,9 +233,19 @@ class ModelView:
             raise StructureError(f"the model has no `{address}`", why=f"it has blocks 0 to {len(self.blocks) - 1}")
         return self._by_address[address]
 
-    def renamed(self, name: str, block: int) -> str:
-        """A block tensor's name in another block."""
-        return self.arch.renumbered(name, block)
+    def usual(self, sublayer: SubLayer) -> Mapping[str, int]:
+        """Widths that the configuration gives a sub-layer."""
+        return self.widths[self._variant(sublayer)]
+
+    def _variant(self, sublayer: SubLayer) -> str:
+        """Kind of a sub-layer, `dense_ffn` for the FFN of a block without experts in a model that has them."""
+        dense = sublayer.kind == "ffn" and "experts" not in sublayer.widths and "experts" in self.widths["ffn"]
+        return "dense_ffn" if dense else sublayer.kind
+
+    @property
+    def active_experts(self) -> int:
+        """Experts that a token passes in every block that has some, 0 in a model without."""
+        return int(self.text.get(self.arch.key("active_experts", self.text)) or 0)
 
     def sizes(self, sublayer: SubLayer) -> dict[str, int]:
         """Size of every axis in the layouts of a sub-layer's tensors."""
@@ -216,9 +255,12 @@ class ModelView:
         """Groups of a kind: one for whole units, one a sub-layer for widths.
 
         Raises:
-            StructureError: for query heads of a model in which every head has its own key and value.
+            StructureError: for query heads of a model in which every head has its own key and value, and for widths
+                that cannot be cut.
         """
         if kind in WIDTHS:
+            if kind in self.arch.fixed:
+                raise StructureError(f"{kind} of `{self.model_type}` cannot be cut", why=self.arch.fixed[kind])
             groups = tuple(self._width_groups(kind))
             if kind == "query_heads" and all(len(group.units) == 1 for group in groups):
                 raise StructureError(
@@ -226,6 +268,8 @@ class ModelView:
                     why="every query head has a key and a value of its own",
                     hint="use `remove: kv_groups`, which takes a head with its key and value",
                 )
+            if not groups:
+                raise StructureError(f"`{self.model_type}` has no {kind}")
             return groups
         units: list[tuple[str, tuple[SubLayer, ...]]]
         if kind == "blocks":
@@ -238,29 +282,57 @@ class ModelView:
     def _width_groups(self, kind: str) -> Iterator[Group]:
         owner, axis = WIDTHS[kind]
         for sublayer in self.sublayers:
-            if sublayer.kind == owner:
+            if sublayer.kind == owner and axis in sublayer.widths:
                 address = f"{sublayer.address}.{kind}"
                 units = tuple(f"{address}.{i}" for i in range(sublayer.widths[axis]))
-                members = tuple(ref for ref in sublayer.tensors if any(axis in dim for dim in ref.layout))
-                yield Group(kind, address, units, (members,), axis, self.sizes(sublayer), self.output(sublayer))
+                members = tuple(
+                    ref
+                    for ref in sublayer.tensors
+                    if any(axis in dim for dim in ref.layout) or (kind == "experts" and ref.expert is not None)
+                )
+                output = None if "experts" in sublayer.widths else self.output(sublayer)
+                yield Group(kind, address, units, (members,), axis, self.sizes(sublayer), output)
 
     def output(self, sublayer: SubLayer) -> TensorRef:
-        """The matrix by which a sub-layer leads back to the residual stream."""
-        wanted = self.arch.output_projection(sublayer.kind)
+        """The matrix by which a sub-layer leads back to the residual stream.
+
+        Raises:
+            StructureError: for an FFN with experts, which has one each.
+        """
+        if "experts" in sublayer.widths:
+            raise StructureError(
+                f"`{sublayer.address}` has no single output projection", why="every expert has its own"
+            )
+        wanted = self.arch.output_projection(self._variant(sublayer))
         return next(ref for ref in sublayer.tensors if (place := self.arch.split(ref.name)) and place[1] == wanted)
+
+
+def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+    """The part of a configuration that describes the blocks.
+
+    Raises:
+        StructureError: if it is something else.
+    """
+    found = config.get(arch.section, config)
+    if not isinstance(found, Mapping):
+        raise StructureError(f"`{arch.section}` must be a mapping", why=f"it is {found!r}", at="config.json")
+    return {**arch.defaults.get(str(found.get("model_type")), {}), **found}
 
 
 class _Shape:
     """Numbers that a configuration gives: depth, widths, and what differs in a heterogeneous folder."""
 
     def __init__(self, config: Mapping[str, Any], arch: Architecture) -> None:
-        self._config, self._arch = config, arch
+        self._config, self._arch = text_config(config, arch), arch
         self.blocks = self._number("blocks")
         self.hidden = self._number("hidden")
         self.heads = self._number("heads")
         self.kv_heads = self._number("kv_heads", self.heads)
         self.head_width = self._number("head_width", self.hidden // self.heads)
-        self.ffn = self._number("ffn", 4 * self.hidden)
+        self.ffn = self._number("ffn", self._number("ffn_multiple", 4) * self.hidden)
+        self.dense_ffn = self._number("dense_ffn", self.ffn)
+        self.experts = self._number("experts") if "experts" in arch.keys else 0
+        self.dense = arch.dense_blocks(self._config, self.blocks) if self.experts else frozenset(range(self.blocks))
         section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
         try:
             layers = (section or {}).get("per_layer_config") or {}
@@ -270,7 +342,7 @@ class _Shape:
             raise StructureError("`prunekit.per_layer_config` is damaged", at="config.json") from error
 
     def _number(self, role: str, default: int | None = None) -> int:
-        key = self._arch.keys.get(role, "")
+        key = self._arch.key(role, self._config)
         value = self._config.get(key)
         if value is None and default is not None:
             return default
@@ -278,25 +350,36 @@ class _Shape:
             raise StructureError(f"`{key}` must be a whole number above 0", why=f"it is {value!r}", at="config.json")
         return value
 
-    def usual(self) -> dict[str, int]:
+    def usual(self) -> dict[str, dict[str, int]]:
+        experts = {"experts": self.experts} if self.experts else {}
         return {
-            "kv": self.kv_heads,
-            "rep": self.heads // self.kv_heads,
-            "hd": self.head_width,
-            "ffn": self.ffn,
+            "attention": {"kv": self.kv_heads, "rep": self.heads // self.kv_heads, "hd": self.head_width},
+            "ffn": {"ffn": self.ffn, **experts},
+            "dense_ffn": {"ffn": self.dense_ffn},
         }
+
+    def tensors(self, block: int, kind: SublayerKind) -> Mapping[str, Pattern]:
+        sparse = kind != "ffn" or not self.experts or block not in self.dense
+        return self._arch.sublayers[kind if sparse else "dense_ffn"]
 
     def present(self, block: int, kind: SublayerKind) -> bool:
         return SKIPS[kind] not in self.skips.get(block, ())
 
     def widths(self, block: int, kind: SublayerKind) -> dict[str, int]:
         layer = self._layers.get(block, {})
+        if kind == "ffn" and self.experts and block not in self.dense:
+            ffn, experts = layer.get("intermediate_size", self.ffn), layer.get("num_local_experts", self.experts)
+            return {"ffn": ffn, "experts": experts}
         if kind == "ffn":
-            return {"ffn": layer.get("intermediate_size", self.ffn)}
+            return {"ffn": layer.get("intermediate_size", self.dense_ffn)}
         heads, groups = layer.get("num_attention_heads", self.heads), layer.get("num_key_value_heads", self.kv_heads)
         if heads % groups:
             why = f"{heads} query heads in {groups} KV groups"
             raise StructureError(f"the heads of block {block} do not divide", why=why, at="config.json")
+        numbers = layer.get("kept_heads", range(groups))
+        if len(numbers) != groups or not set(numbers) <= set(range(self.kv_heads)):
+            why = f"`kept_heads` are {numbers}, of {self.kv_heads} heads {groups} stay"
+            raise StructureError(f"the heads of block {block} are not known", why=why, at="config.json")
         return {"kv": groups, "rep": heads // groups, "hd": self.head_width}
 
 
@@ -323,7 +406,8 @@ def _inner(
     checkpoint: Checkpoint, arch: Architecture, shape: _Shape, name: str, block: int, rest: str
 ) -> tuple[SublayerKind, TensorRef]:
     info = checkpoint.tensors[name]
-    kind = next((kind for kind in SUBLAYER_KINDS if rest in arch.sublayers[kind]), None)
+    general, expert = arch.expert_of(rest)
+    kind = next((kind for kind in SUBLAYER_KINDS if general in shape.tensors(block, kind)), None)
     if kind is None or block >= shape.blocks or not shape.present(block, kind):
         why = (
             f"`{arch.name}` blocks have no such tensor"
@@ -333,12 +417,15 @@ def _inner(
             else f"the configuration says that block {block} has no {kind}"
         )
         raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
-    layout = arch.sublayers[kind][rest].layout or ()
+    layout = shape.tensors(block, kind)[general].layout or ()
     sizes = {"hidden": shape.hidden, **_PARTS, **shape.widths(block, kind)}
-    expected = tuple(math.prod(sizes[axis] for axis in dim) for dim in layout)
+    if expert is not None and expert >= sizes["experts"]:
+        why = f"the configuration gives block {block} {sizes['experts']} experts"
+        raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
+    expected = tuple(dim_size(dim, sizes) for dim in layout)
     if expected != info.shape:
         raise _wrong_shape(name, info.shape, " x ".join(map(str, expected)))
-    return kind, TensorRef(name, info.dtype, info.shape, layout)
+    return kind, TensorRef(name, info.dtype, info.shape, layout, expert)
 
 
 def _wrong_shape(name: str, shape: tuple[int, ...], expected: str) -> StructureError:
@@ -352,7 +439,9 @@ def _sublayer(
     if not shape.present(block, kind):
         return None
     held = {place[1] for ref in tensors if (place := arch.split(ref.name))}
-    missing = [name for name, pattern in arch.sublayers[kind].items() if not pattern.optional and name not in held]
+    wanted = [name for name, pattern in shape.tensors(block, kind).items() if not pattern.optional]
+    experts = range(shape.widths(block, kind).get("experts", 1))
+    missing = [one for name in wanted for i in experts if (one := name.format(expert=i)) not in held]
     if missing:
         raise StructureError(
             f"block {block} lacks `{missing[0]}`",

@@ -7,13 +7,12 @@ from typing import Any
 
 from prunekit.core.errors import SurgeryError
 from prunekit.plan.cost import kept_widths
+from prunekit.plan.layer_fields import follow, refusal
 from prunekit.plan.layout import Layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import SKIPS, SUBLAYER_KINDS, ModelView, SubLayer
 
 _CLASS_PREFIX = "Prunekit"
-# What transformers takes where a configuration with `use_sliding_window` does not say it.
-_MAX_WINDOW_LAYERS = 28
 
 
 def cut_config(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
@@ -32,16 +31,22 @@ def cut_config(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
 
 def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     sources = _sources(layout)
-    _require_movable(view.config, sources)
+    why = refusal(view, sources)
+    if why:
+        raise SurgeryError(
+            f"the configuration of `{view.model_type}` cannot follow its blocks", why=why, at="config.json"
+        )
     config = _stock_base(view)
-    config |= _per_layer_lists(view, sources)
-    config[view.arch.keys["blocks"]] = len(sources)
-    attention = [view.blocks[a].attention for a, _ in sources]
-    ffn = [view.blocks[f].ffn for _, f in sources]
-    config |= _heads(view, _alike(attention, plan))
-    config |= _neurons(view, _alike(ffn, plan))
-    _set_older_rope_keys(config)
-    return config
+    changed, outside = follow(view, sources)
+    changed |= {view.arch.keys["blocks"]: len(sources)}
+    changed |= _heads(view, _alike([view.blocks[a].attention for a, _ in sources], plan))
+    changed |= _ffn(view, [view.blocks[f].ffn for _, f in sources], plan)
+    config |= outside | _moved_pattern(view, sources)
+    gone = {key for key, value in changed.items() if value is None}
+    before = config[view.section] if view.section else config
+    text = {key: value for key, value in (before | changed).items() if key not in gone}
+    _set_older_rope_keys(text)
+    return config | {view.section: text} if view.section else text
 
 
 def _sources(layout: Layout) -> list[tuple[int, int]]:
@@ -49,18 +54,6 @@ def _sources(layout: Layout) -> list[tuple[int, int]]:
     if len(whole) != len(layout.pairs) or not whole:
         raise SurgeryError(f"a {layout.kind} model needs blocks with an attention and an FFN each")
     return whole
-
-
-def _require_movable(config: Mapping[str, Any], sources: list[tuple[int, int]]) -> None:
-    """GPT-2 may divide attention scores by the block's number, which is then part of what a block computes."""
-    moved = next((a for new, (a, _) in enumerate(sources) if a != new), None)
-    if config.get("scale_attn_by_inverse_layer_idx") and moved is not None:
-        raise SurgeryError(
-            f"the attention of block {moved} cannot move to another block",
-            why="`scale_attn_by_inverse_layer_idx` makes what a block computes depend on its number",
-            hint="remove blocks from the end only, or a part of a block, which keeps the numbers",
-            at="config.json",
-        )
 
 
 def _stock_base(view: ModelView) -> dict[str, Any]:
@@ -88,34 +81,16 @@ def _other_sections(view: ModelView) -> dict[str, Any]:
     }
 
 
-def _per_layer_lists(view: ModelView, sources: list[tuple[int, int]]) -> dict[str, Any]:
-    """Lists and numbers that speak of single blocks, for the blocks of the result."""
-    config = view.config | _explicit_layer_types(view)
-    changed: dict[str, Any] = {}
-    for key, kind in view.arch.lists.items():
-        if isinstance(config.get(key), list):
-            changed[key] = [config[key][a if kind == "attention" else f] for a, f in sources]
-    full = config.get("max_window_layers")
-    if isinstance(full, int):
-        changed["max_window_layers"] = sum(a < full for a, _ in sources)
-    section = config.get("prunekit") or {}
+def _moved_pattern(view: ModelView, sources: list[tuple[int, int]]) -> dict[str, Any]:
+    """The `prunekit` section, where it has a run-time pattern for some blocks."""
+    section = view.config.get("prunekit") or {}
     pattern = (section.get("runtime") or {}).get("attention") or {}
-    if pattern.get("layers") is not None:
-        moved = [new for new, (a, _) in enumerate(sources) if a in pattern["layers"]]
-        runtime = section["runtime"] | {"attention": pattern | {"layers": moved}}
-        others = _other_sections(view) if view.heterogeneous else section
-        changed["prunekit"] = others | {"runtime": runtime}
-    return changed
-
-
-def _explicit_layer_types(view: ModelView) -> dict[str, list[str]]:
-    """Window or not for each block, where a configuration gives the first windowed block only."""
-    config = view.config
-    if "layer_types" not in view.arch.lists or config.get("layer_types") or not config.get("use_sliding_window"):
+    if pattern.get("layers") is None:
         return {}
-    first = config.get("max_window_layers", _MAX_WINDOW_LAYERS)
-    names = ("full_attention", "sliding_attention")
-    return {"layer_types": [names[block.index >= first] for block in view.blocks]}
+    moved = [new for new, (a, _) in enumerate(sources) if a in pattern["layers"]]
+    runtime = section["runtime"] | {"attention": pattern | {"layers": moved}}
+    others = _other_sections(view) if view.heterogeneous else section
+    return {"prunekit": others | {"runtime": runtime}}
 
 
 def _alike(sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, int]:
@@ -128,7 +103,7 @@ def _alike(sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, int]:
 
 
 def _heads(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
-    keys, config = view.arch.keys, view.config
+    keys, config = view.arch.keys, view.text
     heads = left["kv"] * left["rep"]
     old = config[keys["heads"]]
     if (heads, left["kv"]) == (old, config.get(keys.get("kv_heads", "")) or old):
@@ -141,22 +116,37 @@ def _heads(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
     return {keys["heads"]: heads, keys["kv_heads"]: left["kv"], keys["head_width"]: left["hd"]}
 
 
-def _neurons(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
-    key = view.arch.keys["ffn"]
-    return {} if left["ffn"] == _global_ffn(view) else {key: left["ffn"]}
-
-
-def _global_ffn(view: ModelView) -> int:
-    """What blocks have where nothing else is said; GPT-2 leaves out four times the hidden width."""
-    return view.config.get(view.arch.keys["ffn"]) or 4 * view.hidden
+def _ffn(view: ModelView, sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, Any]:
+    """Neurons and experts, where they are not the configuration's own."""
+    found = [sublayer for sublayer in sublayers if sublayer is not None]
+    changed = {}
+    for axes in dict.fromkeys(tuple(sublayer.widths) for sublayer in found):
+        alike = [sublayer for sublayer in found if tuple(sublayer.widths) == axes]
+        usual = view.usual(alike[0])
+        dense = usual is view.widths["dense_ffn"] and "dense_ffn" in view.arch.keys
+        for axis, size in _alike(alike, plan).items():
+            if size != usual[axis]:
+                changed[view.arch.key("dense_ffn" if dense else axis, view.text)] = size
+    return changed
 
 
 def _set_older_rope_keys(config: dict[str, Any]) -> None:
     """Says the rotary embedding the way transformers 4 reads it too; it ignores `rope_parameters` without a word."""
     rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), (int, float)):
+    if not isinstance(rope, dict):
         return
-    config.setdefault("rope_theta", rope["rope_theta"])
+    if isinstance(rope.get("full_attention"), dict) and isinstance(rope.get("sliding_attention"), dict):
+        config.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))
+        rope = rope["full_attention"]
+    if not isinstance(rope.get("rope_theta"), (int, float)):
+        return
+    if config.get("model_type") == "gpt_neox":
+        config.setdefault("rotary_emb_base", rope["rope_theta"])
+        config.setdefault("rotary_pct", rope.get("partial_rotary_factor", 1.0))
+    else:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if "partial_rotary_factor" in rope:
+            config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
     if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
         config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
 
@@ -173,8 +163,9 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
         layer: dict[str, Any] = {"skip": gone} if gone else {}
         if attention is not None:
             layer |= _other_heads(view, view.blocks[block].attention, plan)
+            layer |= _numbered_heads(view, view.blocks[block].attention, plan)
         if ffn is not None:
-            layer |= _other_neurons(view, view.blocks[block].ffn, plan)
+            layer |= _other_ffn(view, view.blocks[block].ffn, plan)
         if layer:
             layers[f"{block:0{digits}d}"] = layer
     section = {"schema": 1, "base_model_type": view.model_type, "per_layer_config": layers}
@@ -187,14 +178,24 @@ def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dic
     if attention is None:
         return {}
     keys, left = view.arch.keys, kept_widths(attention, plan)
-    heads = view.config[keys["heads"]]
+    heads = view.text[keys["heads"]]
     own = {"num_key_value_heads": left["kv"], "num_attention_heads": left["kv"] * left["rep"]}
-    usual = {"num_key_value_heads": view.config.get(keys.get("kv_heads", "")) or heads, "num_attention_heads": heads}
+    usual = {"num_key_value_heads": view.text.get(keys.get("kv_heads", "")) or heads, "num_attention_heads": heads}
     return {key: value for key, value in own.items() if value != usual[key]}
 
 
-def _other_neurons(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:
+def _numbered_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dict[str, list[int]]:
+    """Which heads of the dense model a block has left, where blocks share a tensor with an entry for each."""
+    if attention is None or not view.arch.shared_heads:
+        return {}
+    there = view.heads_of(attention.block)
+    kept = [there[i] for i in plan.keep.get(f"{attention.address}.kv_groups", range(len(there)))]
+    return {"kept_heads": kept} if len(kept) < view.widths["attention"]["kv"] else {}
+
+
+def _other_ffn(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:
+    """Neurons and experts of a block that are not the configuration's own."""
     if ffn is None:
         return {}
-    left = kept_widths(ffn, plan)["ffn"]
-    return {} if left == _global_ffn(view) else {"intermediate_size": left}
+    names, usual = {"ffn": "intermediate_size", "experts": "num_local_experts"}, view.usual(ffn)
+    return {names[axis]: size for axis, size in kept_widths(ffn, plan).items() if size != usual[axis]}

@@ -13,12 +13,13 @@ from prunekit.checkpoint.writer import OutTensor, Stored, disk_errors, write_wei
 from prunekit.core.errors import SurgeryError
 from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.plan.cost import kept_experts
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView, SubLayer, TensorRef
 from prunekit.surgery.config import cut_config
 from prunekit.surgery.sidecar import model_files, write_model_files
-from prunekit.surgery.slices import Keep, cut_pieces, cut_shape, cuts_of
+from prunekit.surgery.slices import cut_pieces, cut_shape, cuts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,12 +58,11 @@ def apply(
     """
     plan.check(view)
     layout = choose_layout(view, plan) if layout is None else layout
-    cuts = cuts_of(plan)
     _require_complete(view, plan, layout)
     config = cut_config(view, plan, layout)
     source = view.checkpoint.folder
     others = model_files(source)
-    tensors = sorted(_tensors(view, cuts, layout, replaced or {}), key=lambda pair: _place(view, pair[0]))
+    tensors = sorted(_tensors(view, plan, layout, replaced or {}), key=lambda pair: _place(view, pair[0]))
     write_weights(folder, [tensor for _, tensor in tensors], max_shard_bytes, progress)
     with disk_errors(folder):
         write_json(folder / "config.json", config)
@@ -92,21 +92,26 @@ def _placed(view: ModelView, layout: Layout) -> Iterator[tuple[int, SubLayer]]:
 
 
 def _tensors(
-    view: ModelView, cuts: Mapping[str, Keep], layout: Layout, replaced: Mapping[str, Tensor]
+    view: ModelView, plan: Plan, layout: Layout, replaced: Mapping[str, Tensor]
 ) -> Iterator[tuple[TensorRef, OutTensor]]:
     """Every tensor of the result beside the one it comes from."""
+    cuts = cuts_of(plan)
     for ref in view.outer:
         yield ref, OutTensor(ref.name, ref.dtype, ref.shape, _stored(view, ref))
     for new, sublayer in _placed(view, layout):
         sizes, keep = view.sizes(sublayer), cuts.get(sublayer.address, {})
+        experts = kept_experts(sublayer, plan)
         for ref in sublayer.tensors:
+            if ref.expert is not None and ref.expert not in experts:
+                continue
             shape = cut_shape(ref.shape, ref.layout, sizes, keep)
             content: Stored | Callable[[], Iterator[Tensor]] = _stored(view, ref)
             if ref.name in replaced:
                 content = partial(iter, [replaced[ref.name]])
             elif any(axis in keep for dim in ref.layout for axis in dim):
                 content = partial(cut_pieces, view.checkpoint, ref, sizes, keep)
-            yield ref, OutTensor(view.renamed(ref.name, new), ref.dtype, shape, content)
+            expert = None if ref.expert is None else experts[ref.expert]
+            yield ref, OutTensor(view.arch.renumbered(ref.name, new, expert), ref.dtype, shape, content)
 
 
 def _stored(view: ModelView, ref: TensorRef) -> Stored:

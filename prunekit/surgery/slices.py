@@ -1,4 +1,4 @@
-"""Cuts through tensors: reshape into axes, take what stays, reshape back.
+"""Cuts through tensors: which positions of a dimension stay follows from the axes it factors into.
 
 torch is imported where a tensor is cut, so that dropping whole sub-layers starts without it.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import SurgeryError
 from prunekit.plan.plan import Plan
-from prunekit.structure.architecture import Layout
+from prunekit.structure.architecture import Layout, dim_size, sections
 from prunekit.structure.view import WIDTHS, TensorRef
 
 if TYPE_CHECKING:
@@ -41,26 +41,22 @@ def take(tensor: Tensor, layout: Layout, sizes: Mapping[str, int], keep: Keep) -
         SurgeryError: for an axis that cannot be cut, or a tensor that does not have this layout.
     """
     _require_cuttable(keep)
-    split = _axis_sizes(tuple(tensor.shape), layout, sizes)
-    axes = [axis for dim in layout for axis in dim]
-    shape = cut_shape(tuple(tensor.shape), layout, sizes, keep)
-    if not any(axis in keep for axis in axes):
-        return tensor
-    left = tensor.reshape(split)
-    for place, axis in enumerate(axes):
-        if axis in keep:
-            left = _selected(left, place, keep[axis])
-    return left.reshape(shape)
+    _require_layout(tuple(tensor.shape), layout, sizes)
+    for place, dim in enumerate(layout):
+        if any(axis in keep for axis in dim):
+            tensor = _selected(tensor, place, _kept(tensor.shape[place], dim, sizes, keep))
+    return tensor
 
 
 def cut_shape(shape: tuple[int, ...], layout: Layout, sizes: Mapping[str, int], keep: Keep) -> tuple[int, ...]:
     """Shape of what `take` leaves; arguments as there."""
     _require_cuttable(keep)
-    split = iter(_axis_sizes(shape, layout, sizes))
-    left = [
-        [len(keep[axis]) if axis in keep else size for axis, size in zip(dim, split, strict=False)] for dim in layout
-    ]
-    return tuple(map(math.prod, left))
+    _require_layout(shape, layout, sizes)
+    left = {**sizes, **{axis: len(positions) for axis, positions in keep.items()}}
+    return tuple(
+        dim_size(dim, left) if any(axis in keep for axis in dim) else size
+        for size, dim in zip(shape, layout, strict=True)
+    )
 
 
 def cut_pieces(
@@ -72,11 +68,9 @@ def cut_pieces(
         ref: a tensor of rank 1 or more with an axis in `keep`.
         piece_bytes: most bytes to read at a time, at least one row; rows between pieces are not read where none stays.
     """
-    import torch
-
     n_rows = ref.shape[0]
-    rows = take(torch.arange(n_rows), ref.layout[:1], sizes, keep)
-    inner = (("",), *ref.layout[1:])
+    rows = _kept(n_rows, ref.layout[0], sizes, keep)
+    inner = (("row",), *ref.layout[1:])
     step = max(1, piece_bytes * n_rows // max(1, checkpoint.tensors[ref.name].n_bytes))
     for first in range(0, n_rows, step):
         here = rows[(rows >= first) & (rows < first + step)]
@@ -114,13 +108,33 @@ def _selected(tensor: Tensor, place: int, positions: Sequence[int] | Tensor) -> 
 def _require_cuttable(keep: Keep) -> None:
     for axis in keep:
         if axis not in CUTTABLE:
-            why = "only KV groups, query heads and neurons can go; other widths change what the rest computes"
+            why = "only KV groups, query heads, neurons and experts can go; other widths change what the rest computes"
             raise SurgeryError(f"axis `{axis}` cannot be cut", why=why)
 
 
-def _axis_sizes(shape: tuple[int, ...], layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Size of every axis of a layout in order, checked against the tensor's shape."""
-    dims = [[sizes.get(axis, size) for axis in dim] for size, dim in zip(shape, layout, strict=False)]
-    if len(shape) != len(layout) or tuple(map(math.prod, dims)) != shape:
+def _kept(length: int, dim: tuple[str, ...], sizes: Mapping[str, int], keep: Keep) -> Tensor:
+    """Positions of a dimension that stay, int64, in order."""
+    import torch
+
+    lengths = [_length(part, length, sizes) for part in sections(dim)]
+    found = []
+    for part, positions in zip(sections(dim), torch.arange(length).split(lengths), strict=True):
+        left = positions.unflatten(0, [sizes.get(axis, length) for axis in part])
+        for place, axis in enumerate(part):
+            if axis in keep:
+                left = left.index_select(place, torch.as_tensor(keep[axis], dtype=torch.int64))
+        found.append(left.flatten())
+    return torch.cat(found)
+
+
+def _length(part: tuple[str, ...], length: int, sizes: Mapping[str, int]) -> int:
+    """Length of a section; an axis of unknown size is a whole dimension."""
+    return math.prod(sizes.get(axis, length) for axis in part)
+
+
+def _require_layout(shape: tuple[int, ...], layout: Layout, sizes: Mapping[str, int]) -> None:
+    found = tuple(
+        sum(_length(part, length, sizes) for part in sections(dim)) for length, dim in zip(shape, layout, strict=False)
+    )
+    if len(shape) != len(layout) or found != shape:
         raise SurgeryError(f"a tensor of shape {list(shape)} does not have the layout {layout}")
-    return tuple(size for dim in dims for size in dim)

@@ -8,6 +8,7 @@ import pytest
 
 from prunekit.cli.apply import apply
 from prunekit.core.errors import PrunekitError
+from prunekit.core.files import write_json
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def plan_file(tiny_llama, tmp_path):
 
     view = ModelView.open(tiny_llama)
     path = tmp_path / "plan.json"
-    Plan.make(view, drop=("blocks.1.attention", "blocks.1.ffn"), keep={}).write(path)
+    write_json(path, Plan.make(view, drop=("blocks.1.attention", "blocks.1.ffn"), keep={}).to_json())
     return path
 
 
@@ -48,3 +49,10 @@ def test_file_that_is_no_plan_is_refused(invoke, tiny_llama, tmp_path) -> None:
     done = invoke(apply, tmp_path / "plan.json", "--model", tiny_llama, "--output", tmp_path / "o")
     assert isinstance(done.exception, PrunekitError)
     assert not (tmp_path / "o").exists()
+
+
+def test_plan_of_another_tool_is_carried_out(invoke, tiny_llama, tmp_path) -> None:
+    (tmp_path / "layers.txt").write_text("--prune-layers 1,3\n")
+    done = invoke(apply, tmp_path / "layers.txt", "--model", tiny_llama, "--output", tmp_path / "o")
+    assert done.exit_code == 0, done.exception
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["num_hidden_layers"] == 2

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
+
+import yaml
 
 from prunekit.cli.inspect import inspect
+from prunekit.core.errors import StructureError
 
 
 def test_equal_blocks_share_a_line(invoke, tiny_llama) -> None:
@@ -48,3 +53,17 @@ def test_inspect_reads_only(invoke, tiny_llama) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in tiny_llama.iterdir()}
     invoke(inspect, tiny_llama)
     assert {p.name: p.stat().st_mtime_ns for p in tiny_llama.iterdir()} == before
+
+
+def test_unknown_model_gets_a_draft_and_an_error(invoke, tiny_llama, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
+    done = invoke(inspect, folder)
+    assert isinstance(done.exception, StructureError)
+    assert done.exception.exit_code == 1
+    assert "check the draft" in done.exception.hint
+    draft = yaml.safe_load(done.stdout)
+    assert draft["model_types"] == ["lama"]
+    assert draft["ffn"]["mlp.down_proj.weight"] == ["hidden", "ffn"]
+    assert invoke(inspect, folder, "--json").stdout == ""

@@ -27,6 +27,8 @@ VERBS = [
     "heal",
     "export",
     "verify",
+    "evaluate",
+    "compare",
     "report",
     "diagnose",
     "recipes",
@@ -112,7 +114,7 @@ def test_unknown_verb_suggests_the_near_one(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["plan"], "missing option `--recipe`"),
+        (["score", "x"], "missing option `--method`"),
         (["prune", "--outptu", "x"], "`--outptu`"),
         (["prune", "x", "--fraction", "abc"], "`--fraction`"),
         (["prune", "x", "y"], "unexpected extra argument"),

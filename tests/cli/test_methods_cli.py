@@ -37,10 +37,11 @@ def test_explain_shows_the_whole_card(role: str, name: str, capsys) -> None:
     assert main(["explain", name]) == 0
     text = capsys.readouterr().out
     entry = card(role, name)
-    assert text.startswith(f"{name}  {role}, {entry.status}\n")
+    assert f"{name}  {role}, {entry.status}\n" in text
     for knob in entry.knobs:
         assert knob.name in text
-    assert f"by: {{{role}: {name}" in text or f"{role}: {{method: {name}" in text
+    uses = {"metric": f"--metric {name}", "repair": f"repair: {{method: {name}", "heal": f"heal: {{method: {name}"}
+    assert uses.get(role, f"by: {{{role}: {name}") in text
 
 
 @pytest.mark.parametrize(("role", "name"), method_names(), ids=[name for _, name in method_names()])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import yaml
 
 from prunekit.cli.plan import plan
 from prunekit.core.errors import UsageError
@@ -22,9 +22,6 @@ class StandInPlan:
 
     def to_json(self) -> dict[str, Any]:
         return {"drop": list(self.drop)}
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json()))
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +55,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         )
 
     monkeypatch.setattr("prunekit.pipeline.make_plan", make_plan)
-    monkeypatch.setattr("prunekit.plan.layout.loads", lambda view, layout: {"transformers": "stock class"})
+    monkeypatch.setattr("prunekit.plan.loads.loads", lambda view, plan, layout: {"transformers": "yes: stock class"})
     return seen
 
 
@@ -101,4 +98,30 @@ def test_existing_plan_file_is_replaced_with_overwrite(invoke, recipe_file, tmp_
 def test_plan_file_in_missing_folder_is_refused_before_any_work(invoke, recipe_file, tmp_path, made) -> None:
     done = invoke(plan, "--recipe", recipe_file, "--output", tmp_path / "no" / "plan.json")
     assert isinstance(done.exception, UsageError)
+    assert made == []
+
+
+def test_plan_is_converted_from_one_format_to_another(invoke, tiny_llama, tmp_path) -> None:
+    (tmp_path / "layers.txt").write_text("1,2\n")
+    arguments = ("--from", tmp_path / "layers.txt", "--model", tiny_llama, "--to", "mergekit")
+    done = invoke(plan, *arguments, "--output", tmp_path / "slices.yaml")
+    assert done.exit_code == 0, done.exception
+    slices = yaml.safe_load((tmp_path / "slices.yaml").read_text())["slices"]
+    assert [entry["sources"][0]["layer_range"] for entry in slices] == [[0, 1], [3, 4]]
+    assert slices[0]["sources"][0]["model"] == str(tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "needs a recipe or a plan"),
+        (("--recipe", "RECIPE", "--model", "m"), "goes with `--from`"),
+        (("--recipe", "RECIPE", "--to", "mergekit"), "needs a file"),
+        (("--from", "RECIPE"), "needs the model"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(invoke, recipe_file, arguments, words, made) -> None:
+    done = invoke(plan, *(recipe_file if part == "RECIPE" else part for part in arguments))
+    assert isinstance(done.exception, UsageError)
+    assert words in done.exception.what
     assert made == []

@@ -24,7 +24,7 @@ from prunekit.core.recipe import load_recipe, parse_recipe
 from prunekit.core.types import Order
 from prunekit.export.onnx import export_onnx
 from prunekit.export.verify import VerifyReport
-from prunekit.plan.plan import Plan
+from prunekit.plan.interchange import read_plan
 from prunekit.structure.view import ModelView
 from tests.tiny import BLOCKS, FFN
 
@@ -95,6 +95,15 @@ def test_search_ends_in_the_layout_its_candidates_promise(
     result = pipeline.run(asked, tmp_path / "o")
     assert result.made.layout.kind in (layout, "stock")
     assert result.verified.ok
+
+
+def test_required_runtime_makes_a_search_take_pairs(small: Small) -> None:
+    made = pipeline.make_plan(
+        recipe(small("llama"), step("sublayers", {"search": "finercut"}, units=2), require=["vllm"])
+    )
+    assert made.layout.kind in ("stock", "repacked")
+    assert made.orders[0].provenance["candidates"] == "pairs"
+    assert [len(entry.units) for entry in made.orders[0].steps] == [2]
 
 
 REPAIR = {"method": "least_squares", "calibrate": {"sequences": 8, "length_tokens": 16}}
@@ -225,8 +234,8 @@ def test_order_searched_once_serves_every_fraction(small: Small, tmp_path: Path)
 
 def test_plan_replays_on_the_same_model(small: Small, tmp_path: Path) -> None:
     made = pipeline.make_plan(recipe(small("llama"), BLOCK))
-    made.plan.write(tmp_path / "plan.json")
-    Plan.read(tmp_path / "plan.json").check(ModelView.open(small("llama")))
+    write_json(tmp_path / "plan.json", made.plan.to_json())
+    assert read_plan(tmp_path / "plan.json", ModelView.open(small("llama"))) == made.plan
 
 
 BAD: list[tuple[str, dict[str, Any], type[PrunekitError], str]] = [
@@ -273,6 +282,30 @@ def test_output_that_exists_is_refused_before_the_model_is_looked_for(tmp_path: 
 def test_perplexity_of_an_encoder_is_refused_before_any_work(small: Small, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="writes text"):
         pipeline.run(recipe(small("bert"), BLOCK, evaluate={"perplexity": "wikitext2_eval"}), tmp_path / "o")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "repair", "error", "words"),
+    [
+        ("llama", {"calibrate": {"sequences": 10**6}}, UsageError, "is too short"),
+        ("bert", {}, PlanError, "a norm follows each sum"),
+    ],
+)
+def test_a_repair_that_cannot_be_is_refused_before_any_search(
+    small: Small,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    repair: dict[str, Any],
+    error: type,
+    words: str,
+) -> None:
+    monkeypatch.setattr(carry_out, "make_plan", None)
+    asked = recipe(small(family), BLOCK, repair={"method": "least_squares", **repair})
+    with pytest.raises(error) as caught:
+        pipeline.run(asked, tmp_path / "o")
+    assert words in f"{caught.value.what} {caught.value.why}"
     assert list(tmp_path.iterdir()) == []
 
 

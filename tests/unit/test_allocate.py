@@ -53,6 +53,21 @@ def test_parameter_budget_takes_units_until_it_is_reached(view: ModelView) -> No
         assert gone >= 0.995 * remove * cost(view).block_params > gone - last
 
 
+def test_alternating_takes_neighbours_by_the_sum_of_their_scores(view: ModelView) -> None:
+    """Attention and FFN of four blocks in turn: units 3 and 4 are the FFN of block 1 and the attention of block 2."""
+    scores = (9.0, 9.0, 1.5, 0.0, 1.0, 2.0, 9.0, 9.0)
+
+    def dropped(**budget: Any) -> tuple[str, ...]:
+        return plan_of(view, "sublayers", lambda g, i: scores[i], keep_alternating=True, **budget).drop
+
+    assert dropped(units=2) == ("blocks.1.ffn", "blocks.2.attention")
+    # Where those went, the attention of block 1 and the FFN of block 2 are neighbours.
+    assert dropped(units=3) == ("blocks.1.attention", "blocks.1.ffn", "blocks.2.attention", "blocks.2.ffn")
+    assert dropped(units=2, protect=("blocks.1.ffn", "blocks.2.ffn")) == ("blocks.0.ffn", "blocks.1.attention")
+    with pytest.raises(PlanError, match="cannot be reached"):
+        dropped(units=4, min_keep=6)
+
+
 def test_protected_units_stay(view: ModelView) -> None:
     plan = plan_of(view, "blocks", lambda g, i: i, units=2, protect=("blocks.0.*", "blocks.2"))
     assert {address.split(".")[1] for address in plan.drop} == {"1", "3"}

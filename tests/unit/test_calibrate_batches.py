@@ -103,6 +103,13 @@ def test_image_batch_reads_a_file(tmp_path: Path) -> None:
     assert image_batch(str(tmp_path / "images.safetensors"), 2, 3, 8)["pixel_values"].equal(pixels[:2])
 
 
+def test_image_batch_of_videos_has_frames(tmp_path: Path) -> None:
+    assert image_batch("noise", 2, 3, 8, frames=4)["pixel_values"].shape == (2, 4, 3, 8, 8)
+    save_file({"pixel_values": torch.zeros(4, 3, 8, 8)}, tmp_path / "images.safetensors")
+    with pytest.raises(UsageError, match=r"does not hold 2 images"):
+        image_batch(str(tmp_path / "images.safetensors"), 2, 3, 8, frames=4)
+
+
 def test_image_batch_refuses_what_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "images.safetensors"
     with pytest.raises(UsageError, match="no images named"):

@@ -23,7 +23,7 @@ from prunekit.evaluate.diagnostics.variance_kurtosis import VarianceKurtosis, ku
 from prunekit.modeling.modeling_prunekit import skip
 from prunekit.report.diagnosis import diagnosis_table, write_diagnosis
 from tests.heterogeneous import without
-from tests.tiny import BLOCKS, FAMILIES, HEADS, tiny_inputs, tiny_model
+from tests.tiny import BLOCKS, HEADS, SEQUENTIAL, tiny_inputs, tiny_model
 
 Measure = Callable[..., dict[str, Panel]]
 
@@ -193,7 +193,7 @@ def test_padding_does_not_count() -> None:
             assert torch.tensor(panel.values).allclose(torch.tensor(beside[key].values), atol=1e-5), key
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", SEQUENTIAL)
 def test_every_diagnostic_measures_every_family(family: str, tmp_path: Path) -> None:
     decoder = family not in ("bert", "vit")
     of = subject(tiny_model(family), tiny_inputs(family, 2, 10), decoder)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from prunekit.core.errors import EvaluationError
-from prunekit.evaluate import perplexity as module
-from prunekit.evaluate.perplexity import perplexity
+from prunekit.evaluate import logits as module
+from prunekit.evaluate.perplexity import perplexity, sliding_windows
 
 IDS = torch.randint(0, 97, (5, 23), generator=torch.Generator().manual_seed(0))
 
@@ -68,6 +68,35 @@ def test_models_that_change_their_logits_give_the_changed_ones() -> None:
 
     model = Capped(llama().config).eval()
     assert perplexity(model, IDS).nll == pytest.approx(plain(model, IDS), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "stride"), [(40, 12, 5), (40, 12, 11), (37, 12, 1), (9, 12, 5), (13, 12, 5)]
+)
+def test_sliding_windows_score_every_token_once_with_the_context_they_promise(
+    tokens: int, length: int, stride: int
+) -> None:
+    model, text = llama(), torch.randint(0, 97, (tokens,), generator=torch.Generator().manual_seed(1))
+    windows, scored = sliding_windows(text, length, stride)
+    assert int(scored.sum()) == tokens - 1
+    found = perplexity(model, windows, batch_size=3, scored=scored)
+    expected, reached, start = 0.0, 1, 0
+    while reached < tokens:
+        end = min(start + length, tokens)
+        first = max(0, end - length)
+        with torch.no_grad():
+            logs = model(text[None, first:end]).logits[0].double().log_softmax(-1)
+        expected -= sum(float(logs[i - 1 - first, text[i]]) for i in range(reached, end))
+        reached, start = end, start + stride
+    assert found.nll == pytest.approx(expected / (tokens - 1), rel=1e-6)
+    assert found.window_tokens == tuple(scored.tolist())
+
+
+def test_windows_that_do_not_overlap_give_the_default_figure() -> None:
+    model = llama()
+    whole = perplexity(model, IDS, scored=torch.full((5,), 22))
+    assert whole == perplexity(model, IDS)
+    assert sum(whole.window_nll) / sum(whole.window_tokens) == whole.nll
 
 
 def test_first_token_of_a_window_is_not_scored() -> None:

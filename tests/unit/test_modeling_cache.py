@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from prunekit.modeling.kv_cache import cache_argument, cache_of
 from prunekit.modeling.modeling_prunekit import cache_slots
 from tests.heterogeneous import without
-from tests.tiny import BLOCKS, DECODERS, tiny_inputs, tiny_model
+from tests.tiny import BLOCKS, DECODERS, EAGER, tiny_inputs, tiny_model
 
 TOLERANCE = 1e-12
+# Where the softmax is in float32.
+FLOAT32 = 1e-5
 WHERE = {"first": [0], "middle": [1, 2], "last": [3], "first-and-last": [0, 3]}
 parametrize = pytest.mark.parametrize("gone", WHERE.values(), ids=WHERE)
 
@@ -36,6 +39,14 @@ def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any
     return made[:, ids.shape[1] :]
 
 
+def crops_empty_layers() -> bool:
+    try:
+        DynamicLayer().crop(-1)
+    except TypeError:
+        return False
+    return True
+
+
 @parametrize
 @pytest.mark.parametrize("family", DECODERS)
 def test_pieces_with_a_cache_equal_one_pass(family: str, gone: list[int]) -> None:
@@ -47,12 +58,13 @@ def test_pieces_with_a_cache_equal_one_pass(family: str, gone: list[int]) -> Non
             output = model(piece, use_cache=True, **{cache_argument(model): cache})
             cache = cache_of(output)
             found.append(output.logits)
-    assert (torch.cat(found, dim=1) - whole).abs().max() < TOLERANCE
+    assert (torch.cat(found, dim=1) - whole).abs().max() < (FLOAT32 if family in EAGER else TOLERANCE)
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_generation_does_not_depend_on_cache_or_padding(family: str) -> None:
     model, ids = pruned(family, [0, 2]), tiny_inputs(family, length=9)["input_ids"]
+    model = model.float() if family in EAGER else model
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     cached = generate(model, ids, mask)
@@ -75,6 +87,8 @@ def test_static_cache_gives_the_same_tokens(family: str) -> None:
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["beams", "lookup"])
 def test_other_ways_of_generating_do_not_depend_on_the_cache(options: dict[str, int]) -> None:
+    if "prompt_lookup_num_tokens" in options and not crops_empty_layers():
+        pytest.skip("this version of transformers cannot take tokens back from a cache with empty layers")
     model, ids = pruned("llama", [0, 2]), tiny_inputs("llama", batch=1)["input_ids"]
     expected = generate(model, ids, **({"use_cache": False} | options if "num_beams" in options else {}))
     assert torch.equal(generate(model, ids, **options), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +23,24 @@ def test_positions_of_an_axis_become_rows() -> None:
     tensor = torch.arange(12.0).view(2, 6)
     rows = by_axis(tensor, (("hidden",), ("kv", "hd")), "kv", {"hidden": 2, "kv": 3, "hd": 2})
     assert rows.tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+
+
+def test_sections_of_a_dimension_lie_side_by_side() -> None:
+    fused = torch.arange(8.0)[:, None]
+    rows = by_axis(fused, (("kv", "rep", "+", "kv", "+", "kv"), ("hidden",)), "kv", {"kv": 2, "rep": 2, "hidden": 1})
+    assert rows.tolist() == [[0, 1, 4, 6], [2, 3, 5, 7]]
+
+
+def test_expert_scores_its_matrices_and_its_row_of_the_router(tmp_path: Path) -> None:
+    moe = ModelView.open(write_tiny("mixtral", tmp_path))
+    group = moe.groups("experts")[1]
+    tensors = load_file(tmp_path / "model.safetensors")
+    found = Magnitude(norm="l1").score(group, CheckpointWeights(moe.checkpoint), {})
+    own = "model.layers.1.block_sparse_moe"
+    for i, value in enumerate(found.tolist()):
+        parts = [tensors[f"{own}.experts.{i}.w{number}.weight"].double().flatten() for number in (1, 2, 3)]
+        expected = torch.cat([*parts, tensors[f"{own}.gate.weight"][i].double()]).abs().mean()
+        assert value == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_whole_units_score_the_mean_over_their_matrices(view: ModelView) -> None:

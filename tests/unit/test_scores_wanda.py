@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunekit.calibrate.collect import collect
 from prunekit.calibrate.stack import Stack
+from prunekit.core.errors import StructureError
 from prunekit.modeling.load import load_model
 from prunekit.modeling.modeling_prunekit import blocks_of
 from prunekit.scores._weights import CheckpointWeights
@@ -72,3 +73,10 @@ def inputs_of(model: Any, place: str, inputs: dict[str, Tensor]) -> list[Tensor]
     for hook in hooks:
         hook.remove()
     return found
+
+
+def test_experts_have_no_projection_to_score(tmp_path: Path) -> None:
+    group = ModelView.open(write_tiny("mixtral", tmp_path)).groups("neurons")[0]
+    with pytest.raises(StructureError, match="no single output projection") as caught:
+        Wanda().score(group, lambda name: torch.zeros(()), {})
+    assert "magnitude" in caught.value.hint

@@ -16,9 +16,9 @@ from prunekit.modeling.modeling_prunekit import blocks_of, bypass
 from prunekit.search import _evaluator
 from prunekit.search._distances import DISTANCES
 from prunekit.search._evaluator import Evaluator
-from tests.tiny import FAMILIES, tiny_inputs, tiny_model
+from tests.tiny import SEQUENTIAL, tiny_inputs, tiny_model
 
-FAMILY_DISTANCE = [(family, "norm" if family == "bert" else "js") for family in FAMILIES]
+FAMILY_DISTANCE = [(family, "norm" if family == "bert" else "js") for family in SEQUENTIAL]
 
 
 def no_cost(address: str, of: str) -> float:

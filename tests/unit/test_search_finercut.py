@@ -167,6 +167,16 @@ def test_pairs_leave_attention_and_ffn_taking_turns(seed: int) -> None:
         assert left == [A, M] * (len(left) // 2)
 
 
+def test_sublayers_that_must_alternate_go_in_pairs() -> None:
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    alternating = FinerCut().propose(evaluator(model, inputs), removing(4), kind="pairs")
+    model = tiny_model("llama")
+    pairs = FinerCut(candidates="pairs").propose(evaluator(model, inputs), removing(4))
+    assert units(alternating) == units(pairs)
+    with pytest.raises(UsageError, match="keep_alternating"):
+        FinerCut(candidates="ffn").propose(evaluator(model, inputs), removing(4), kind="pairs")
+
+
 @pytest.mark.parametrize(
     ("protect", "blocks", "until"),
     # Of 8 sub-layers: floor(8 x / 2) + 1 blocks, until floor(8 x) + 1 are gone.

@@ -145,7 +145,7 @@ def test_runtime_pattern_follows_its_blocks(opened: Open) -> None:
 def test_gpt2_blocks_that_know_their_number_cannot_move(opened: Open) -> None:
     view = opened("gpt2", {"scale_attn_by_inverse_layer_idx": True})
     plan = Plan.make(view, BLOCK_1)
-    with pytest.raises(SurgeryError, match="cannot move") as caught:
+    with pytest.raises(SurgeryError, match="cannot follow") as caught:
         cut_config(view, plan, Layout("stock", ((0, 0), (2, 2), (3, 3))))
     assert "scale_attn_by_inverse_layer_idx" in caught.value.why
     last = Plan.make(view, ("blocks.3.attention", "blocks.3.ffn"))

@@ -15,6 +15,8 @@ from prunekit.surgery.slices import cut_pieces, cut_shape, take
 
 SIZES = {"kv": 3, "rep": 2, "hd": 4, "part": 3, "hidden": 5, "ffn": 7}
 QUERY = (("kv", "rep", "hd"), ("hidden",))
+# Rows of queries, keys and values that are left of KV groups 0 and 2 with the second query head each.
+PARTS = ((4, 8), (20, 24), (24, 28), (32, 36), (36, 40), (44, 48))
 FUSED = (("hidden",), ("part", "kv", "rep", "hd"))
 
 
@@ -32,6 +34,15 @@ def test_fused_matrix_loses_the_same_heads_in_each_part() -> None:
     weight = numbered(5, 72)
     left = take(weight, FUSED, SIZES, {"kv": (1,)})
     assert torch.equal(left, torch.cat([weight[:, 8:16], weight[:, 32:40], weight[:, 56:64]], dim=1))
+
+
+def test_sections_lose_their_own_part() -> None:
+    """Two query heads to a key and a value, all in one matrix."""
+    weight = numbered(48, 5)
+    layout = (("kv", "rep", "hd", "+", "kv", "hd", "+", "kv", "hd"), ("hidden",))
+    left = take(weight, layout, SIZES, {"kv": (0, 2), "rep": (1,)})
+    assert torch.equal(left, torch.cat([weight[rows] for rows in map(slice, *zip(*PARTS, strict=True))]))
+    assert tuple(left.shape) == cut_shape((48, 5), layout, SIZES, {"kv": (0, 2), "rep": (1,)}) == (24, 5)
 
 
 def test_axis_the_tensor_lacks_changes_nothing() -> None:

@@ -95,7 +95,8 @@ class _Objective:
         if knobs.top_k is not None:
             self.cached = cached(scene, data["input_ids"], knobs.top_k, knobs.temperature)
         else:
-            self.online = Online(scene.load_teacher(), self.hidden_states)
+            options = {"output_hidden_states": self.hidden_states, **scene.no_cache}
+            self.online = Online(scene.load_teacher(), options)
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         theirs = self.online(inputs) if self.knobs.top_k is None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prunekit.core.method_card import arguments, card, example_step, type_text
+from prunekit.core.method_card import arguments, card, example_use, type_text
 from prunekit.core.recipe import json_schema, parse_recipe
 from prunekit.core.yaml_lines import read_yaml
 
@@ -86,7 +86,7 @@ def test_card_reads_everything_from_the_class() -> None:
 
 
 def test_example_step_is_a_sound_step() -> None:
-    step = read_yaml(example_step(card("score", "norm"))).data["steps"]
+    step = read_yaml(example_use(card("score", "norm"))[1]).data["steps"]
     recipe = parse_recipe({"schema": 1, "model": {"source": "m"}, "steps": step})
     assert recipe.steps[0].by.knobs == {"power": 1}
 

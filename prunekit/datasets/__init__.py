@@ -1,0 +1,1 @@
+"""Data pruning: which training examples stay. One file a metric in `metrics/`; rules, embeddings and files here."""

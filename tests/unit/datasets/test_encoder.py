@@ -1,0 +1,66 @@
+"""A real (tiny) model behind a data set: embeddings, their cache, and training the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("pyarrow")
+
+from prunekit.core.errors import UsageError
+from prunekit.datasets.encoder import causal_losses, encoder, pooled
+from prunekit.datasets.examples import Examples, Settings
+from prunekit.datasets.score import made
+from prunekit.datasets.source import open_source
+from tests.tiny import tiny_inputs, tiny_model, write_tiny
+
+
+@pytest.fixture
+def pictures(image_folder: Path, tmp_path: Path) -> Examples:
+    """Images with a tiny ViT."""
+    source = open_source(image_folder)
+    model = encoder(str(write_tiny("vit", tmp_path / "vit")), source, "cpu", 8)
+    return Examples(source, model, Settings(trains="model", cache=tmp_path / "cache"))
+
+
+def test_embeddings_are_the_models_and_are_made_once(pictures: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = pictures.embeddings_file
+    images = pictures.source.decoded([value for _, block in pictures.source.blocks(64) for value in block])
+    pixels = pictures.model.processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = pictures.model.model.base_model(pixel_values=pixels).last_hidden_state[:, 0]
+    assert np.allclose(np.load(file), expected.numpy(), atol=1e-5)
+    again = Examples(pictures.source, pictures.encoder, pictures.settings)
+    monkeypatch.setattr(type(pictures.model), "vectors", None)
+    assert again.embeddings_file == file
+
+
+def test_whole_model_trains_instead_of_a_head(pictures: Examples) -> None:
+    found = made("grad_norm", {"models": 1, "epochs": 1}).score(pictures)
+    assert (found > 0).all()
+    classifier = pictures._learner.make(0)
+    assert classifier.num_labels == 2
+    assert sum(weight.numel() for weight in classifier.parameters()) > 10_000
+
+
+def test_images_need_a_model(image_folder: Path) -> None:
+    with pytest.raises(UsageError, match="images need a model"):
+        encoder(None, open_source(image_folder), "cpu", 8)
+
+
+def test_padding_changes_neither_mean_nor_loss() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = tiny_inputs("llama", batch=1, length=5)["input_ids"]
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(1, 3, dtype=torch.int64)], 1),
+        "attention_mask": torch.tensor([[1] * 5 + [0] * 3]),
+    }
+    assert causal_losses(model, padded) == pytest.approx(causal_losses(model, {"input_ids": ids}), abs=1e-5)
+    logits = model(ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item()
+    assert causal_losses(model, {"input_ids": ids}) == pytest.approx(expected, abs=1e-5)
+    hidden = torch.randn(1, 8, 4)
+    assert torch.allclose(pooled(hidden, padded["attention_mask"]), hidden[:, :5].mean(1), atol=1e-6)

@@ -1,0 +1,169 @@
+"""Score files: written, opened, selected from, reported on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow")
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from prunekit.core.errors import UsageError
+from prunekit.datasets.examples import Settings
+from prunekit.datasets.report import class_rows, html_report
+from prunekit.datasets.rules import Rule
+from prunekit.datasets.score import Request, write_scores
+from prunekit.datasets.select import ScoreFile, open_scores, select, write_selected
+from prunekit.datasets.source import open_source
+from prunekit.datasets.writers import format_of
+from tests.unit.datasets.conftest import ROWS
+
+KEEP = Rule(keep=0.5, rule="hard", class_floor=0)
+
+
+def scored(data: Path, folder: Path, *metrics: str) -> Path:
+    output = folder / "s.parquet"
+    settings = Settings(cache=folder / "cache")
+    write_scores(Request(data, {name: {} for name in metrics or ("random",)}, settings=settings), output)
+    return output
+
+
+def test_score_file_holds_the_data_and_its_manifest(jsonl: Path, tmp_path: Path) -> None:
+    file = scored(jsonl, tmp_path, "length", "random")
+    table = parquet.read_table(file)
+    assert table.column_names == ["text", "label", "score_length", "score_random"]
+    assert table.column("text").to_pylist() == [row["text"] for row in ROWS]
+    assert table.column("score_length").to_pylist() == [4.0] * 12
+    manifest = json.loads((tmp_path / "s.json").read_text())
+    assert manifest == json.loads(table.schema.metadata[b"prunekit"])
+    assert manifest["data"]["digest"] == open_source(jsonl).digest
+    assert manifest["data"]["classes"] == {"0": 6, "1": 6}
+
+
+def test_scores_are_added_to_scores_but_never_replaced(jsonl: Path, tmp_path: Path) -> None:
+    file = scored(jsonl, tmp_path)
+    (tmp_path / "more").mkdir()
+    more = scored(file, tmp_path / "more", "length")
+    assert parquet.read_schema(more).names[-2:] == ["score_random", "score_length"]
+    (tmp_path / "again").mkdir()
+    with pytest.raises(UsageError, match="already has a column `score_random`"):
+        scored(file, tmp_path / "again")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "hf"])
+def test_selection_comes_in_the_format_asked_for(form: str, jsonl: Path, tmp_path: Path) -> None:
+    if form == "hf":
+        pytest.importorskip("datasets")
+    file = open_scores(scored(jsonl, tmp_path))
+    chosen = select(file, KEEP)
+    output = tmp_path / ("out" if form == "hf" else f"out.{form}")
+    write_selected(file, chosen, KEEP, output)
+    kept = open_source(output)
+    expected = sorted(np.argsort(-file.scores)[:6].tolist())
+    assert [text for _, block in kept.blocks(5) for text in block] == [ROWS[i]["text"] for i in expected]
+    assert kept.opened.format == form
+    assert "score_random" not in kept.opened.schema.names
+    assert json.loads((tmp_path / f"{output.name}.json").read_text())["indices"] == expected
+
+
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_selected_images_are_the_same_files(name: str, image_folder: Path, tmp_path: Path) -> None:
+    file = open_scores(scored(image_folder, tmp_path))
+    chosen = select(file, Rule(keep=0.5, rule="hard"))
+    write_selected(file, chosen, KEEP, tmp_path / name)
+    kept = open_source(tmp_path / name)
+    assert kept.n == 6
+    assert kept.classes == ("blue", "red")
+    if name == "out":
+        assert all(
+            f.read_bytes() == (image_folder / f.relative_to(tmp_path / name)).read_bytes() for f in kept.opened.files
+        )
+
+
+def test_selected_paragraphs_make_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("\n\n".join(f"{'w ' * i}end {i}" for i in range(1, 9)))
+    file = open_scores(scored(tmp_path / "t.txt", tmp_path, "length"))
+    write_selected(file, select(file, KEEP), KEEP, tmp_path / "out.txt")
+    kept = [text for _, block in open_source(tmp_path / "out.txt").blocks(5) for text in block]
+    assert [text.split()[-1] for text in kept] == ["5", "6", "7", "8"]
+
+
+def test_scores_of_another_data_set_are_refused(jsonl: Path, tmp_path: Path) -> None:
+    file = scored(jsonl, tmp_path)
+    assert open_scores(file, data=jsonl).metric == "random"
+    other = tmp_path / "other.jsonl"
+    other.write_text(jsonl.read_text().replace("good", "great"))
+    with pytest.raises(UsageError, match="another data set than"):
+        open_scores(file, data=other)
+
+
+def test_manifest_of_another_score_file_is_refused(jsonl: Path, tmp_path: Path) -> None:
+    file = scored(jsonl, tmp_path)
+    beside = json.loads((tmp_path / "s.json").read_text())
+    beside["data"]["digest"] = "0" * 64
+    (tmp_path / "s.json").write_text(json.dumps(beside))
+    with pytest.raises(UsageError, match="another data set than"):
+        open_scores(file)
+
+
+def test_file_without_scores_is_refused(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(UsageError, match="no score file"):
+        open_scores(tmp_path / "d.parquet")
+
+
+def test_one_of_several_metrics_must_be_named(jsonl: Path, tmp_path: Path) -> None:
+    file = scored(jsonl, tmp_path, "length", "random")
+    with pytest.raises(UsageError, match="several scores"):
+        open_scores(file)
+    assert open_scores(file, "length").metric == "length"
+    with pytest.raises(UsageError, match="no scores of `el2n`"):
+        open_scores(file, "el2n")
+
+
+def test_images_do_not_go_into_text_formats() -> None:
+    with pytest.raises(UsageError, match="cannot hold"):
+        format_of(Path("x.csv"), {"format": "images", "kind": "image"})
+
+
+def hostile(folder: Path) -> ScoreFile:
+    rows = [{"text": f"<script>alert({i})</script>", "label": "<b>&" if i % 2 else "ok"} for i in range(6)]
+    (folder / "<x>.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_scores(scored(folder / "<x>.jsonl", folder))
+
+
+def test_report_escapes_everything_and_loads_nothing(tmp_path: Path) -> None:
+    page, _ = html_report(hostile(tmp_path), KEEP)
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "&lt;script&gt;alert(3)&lt;/script&gt;" in page
+    assert "&lt;x&gt;.jsonl" in page
+    assert "http" not in page
+
+
+def test_report_shows_the_hardest_first(jsonl: Path, tmp_path: Path) -> None:
+    file = open_scores(scored(jsonl, tmp_path))
+    page, chosen = html_report(file, KEEP, n_shown=3)
+    order = np.argsort(-file.scores)
+    hardest, easiest = page.partition("<h2>Easiest</h2>")[::2]
+    cells = [f">{ROWS[i]['text']}<" for i in order]
+    assert [cell in hardest for cell in cells] == [True] * 3 + [False] * 9
+    assert [cell in easiest for cell in cells] == [False] * 9 + [True] * 3
+    assert len(chosen.indices) == 6
+
+
+def test_report_inlines_images(image_folder: Path, tmp_path: Path) -> None:
+    page, _ = html_report(open_scores(scored(image_folder, tmp_path)), KEEP, n_shown=2)
+    assert page.count('src="data:image/png;base64,') == 4
+
+
+def test_class_rows_give_counts_and_shares() -> None:
+    assert class_rows({"a": 3, "<": 1}, {"a": 1, "<": 1}) == [
+        ("a", "3", "75.0%", "1", "50.0%"),
+        ("&lt;", "1", "25.0%", "1", "50.0%"),
+    ]
