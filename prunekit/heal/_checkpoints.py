@@ -34,12 +34,12 @@ def open_work(work: Path, facts: dict[str, Any]) -> None:
         raise HealError(
             f"`{work}` is no training that can go on", why=f"it has no readable `{RUN}`", hint="delete or rename it"
         )
-    odd = [name for name in facts if found.get(name) != facts[name]]
+    odd = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
     if odd and not sealed(work):
         # Nothing was reached yet that could be lost.
         write_json(work / RUN, facts)
     elif odd:
-        told = [f"`{name}` was {found.get(name)}, is {facts[name]}" for name in odd if "digest" not in name]
+        told = [f"`{name}` was {found.get(name)}, is {facts.get(name)}" for name in odd if "digest" not in name]
         raise HealError(
             f"`{work}` holds an unfinished training of another kind",
             why="; ".join(told) or f"{', '.join(odd).replace('_', ' ')} differs",

@@ -151,6 +151,8 @@ def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path
             why = "each process must hold the whole model"
             raise UsageError("healing under FSDP or DeepSpeed is not possible", why=why, hint="use torchrun alone")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # Mixed precision would stay with the model's forward.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     return _told(trainer.state, watch, asked.steps)
 
 

@@ -57,7 +57,7 @@ def test_recipe_heals_after_cut_and_repair_and_verifies_what_was_healed(small: S
     asked = recipe(
         small("llama"),
         repair={"method": "least_squares", "calibrate": {"sequences": 8, "length_tokens": 16}},
-        heal=HEAL,
+        heal={**HEAL, "dtype": "bfloat16"},
         evaluate={"perplexity": {"sequences": 2, "length_tokens": 16}},
         export={"formats": ["safetensors"], "max_shard_bytes": 3_000_000},
     )

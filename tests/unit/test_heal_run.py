@@ -51,7 +51,7 @@ def test_distillation_brings_the_divergence_down(llama: Bench, tmp_path: Path) -
 
 
 def test_finetuning_brings_the_cross_entropy_down(llama: Bench, tmp_path: Path) -> None:
-    told = heal(without_teacher(llama.scene(method="finetune", steps=20)), tmp_path / "w").about
+    told = heal(without_teacher(llama.scene(method="finetune", steps=20, check_every=20)), tmp_path / "w").about
     assert told["held_out_after"] < told["held_out_before"] - 0.1
 
 
@@ -75,8 +75,8 @@ def test_damaged_cache_is_made_again(llama: Bench, tmp_path: Path) -> None:
 
 
 def test_block_outputs_can_be_matched(llama: Bench, tmp_path: Path) -> None:
-    told = heal(llama.scene(hidden=1.0, steps=20), tmp_path / "w").about
-    plain = heal(llama.scene(steps=20), tmp_path / "v").about
+    told = heal(llama.scene(hidden=1.0, steps=20, check_every=20), tmp_path / "w").about
+    plain = heal(llama.scene(steps=2), tmp_path / "v").about
     assert told["held_out_before"] > plain["held_out_before"]
     assert told["held_out_after"] < 0.8 * told["held_out_before"]
 
@@ -148,8 +148,9 @@ def test_training_of_other_settings_is_not_gone_on_with(llama: Bench, tmp_path: 
     work = tmp_path / "w"
     interrupted(llama, work, "step 4")
     with pytest.raises(HealError, match="of another kind") as caught:
-        heal(llama.scene(lr=1e-5), work)
+        heal(llama.scene(lr=1e-5, patience=3), work)
     assert "`lr` was 0.003, is 1e-05" in caught.value.why
+    assert "`patience` was None, is 3" in caught.value.why
     assert (work / "checkpoint-2").is_dir()
 
 
@@ -225,11 +226,11 @@ def test_only_what_changed_is_written_in_the_type_of_the_file(tmp_path: Path, dt
     torch.testing.assert_close(read, ours, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["mistral", "gpt2"])
 def test_families_and_layouts_are_healed(tmp_path: Path, family: str) -> None:
     drop = ("blocks.1.attention", "blocks.1.ffn") if family == "gpt2" else DROP
     made = bench(tmp_path, family, drop=drop)
-    healed = heal(made.scene(steps=20, lr=1e-3, hidden=0.5), tmp_path / "w")
+    healed = heal(made.scene(steps=10, lr=1e-3, check_every=10, hidden=0.5), tmp_path / "w")
     assert healed.about["held_out_after"] < healed.about["held_out_before"]
     (tmp_path / "o").mkdir()
     assert healed.write(tmp_path / "o", 5_000_000_000) > 0
@@ -237,7 +238,7 @@ def test_families_and_layouts_are_healed(tmp_path: Path, family: str) -> None:
 
 def test_encoder_learns_the_hidden_states_of_the_dense_one(tmp_path: Path) -> None:
     made = bench(tmp_path, "bert", drop=("blocks.1.attention", "blocks.2.ffn"))
-    told = heal(made.scene(decoder=False, steps=20, hidden=0.5), tmp_path / "w").about
+    told = heal(made.scene(decoder=False, steps=20, check_every=20, hidden=0.5), tmp_path / "w").about
     assert told["held_out_after"] < 0.8 * told["held_out_before"]
 
 
@@ -381,7 +382,14 @@ def test_progress_counts_steps(llama: Bench, tmp_path: Path) -> None:
 
 
 def test_bfloat16_trains_weights_that_stay_float32(llama: Bench, tmp_path: Path) -> None:
-    healed = heal(llama.scene(dtype="bfloat16", steps=20), tmp_path / "w")
-    assert healed.model.dtype == torch.float32
+    healed = heal(llama.scene(dtype="bfloat16", steps=20, check_every=20), tmp_path / "w")
+    (tmp_path / "o").mkdir()
+    healed.write(tmp_path / "o", 5_000_000_000)
+    (tmp_path / "o" / "config.json").write_bytes((llama.cut / "config.json").read_bytes())
+    ids = tiny_inputs("llama")["input_ids"]
+    with torch.no_grad():
+        wide, read = healed.model.double()(ids).logits, load_model(tmp_path / "o", "float64")(ids).logits
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide, read, rtol=0, atol=0)
     assert healed.about["held_out_after"] < 0.8 * healed.about["held_out_before"]
     assert math.isfinite(healed.about["loss"])
