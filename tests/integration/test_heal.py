@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import prunekit.pipeline.carry_out as carry_out
@@ -196,27 +193,20 @@ def test_killed_healing_goes_on_where_it_was(
 
 @pytest.mark.slow
 def test_two_ranks_give_the_weights_of_one(cut: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for ranks in (1, 2):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for ranks, start in ((1, []), (2, torchrun)):
         words = command(cut, tmp_path / f"o{ranks}", "--quiet", "--set", "heal.top_k=32")
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-m", "prunekit.cli.main", *words],
-                env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else None,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=300)[0] for process in running]
-        assert [process.returncode for process in running] == [0] * ranks, said
+        done = subprocess.run(
+            [sys.executable, *start, "-m", "prunekit.cli.main", *words], capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.splitlines()[-1] == str(tmp_path / f"o{ranks}")
     one, two = (load_file(tmp_path / f"o{ranks}" / "model.safetensors") for ranks in (1, 2))
     raw = load_file(cut / "model.safetensors")
     moved = max(float((one[name] - raw[name]).abs().max()) for name in one)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=0.02 * moved)
+    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+    # Sums in another order; Adam makes a step of noise where a gradient is near zero.
+    assert apart <= 0.005 * moved, (apart, moved)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o1", "o2"]
 
 

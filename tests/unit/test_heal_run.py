@@ -388,8 +388,8 @@ def test_bfloat16_trains_weights_that_stay_float32(llama: Bench, tmp_path: Path)
     (tmp_path / "o" / "config.json").write_bytes((llama.cut / "config.json").read_bytes())
     ids = tiny_inputs("llama")["input_ids"]
     with torch.no_grad():
-        wide, read = healed.model.double()(ids).logits, load_model(tmp_path / "o", "float64")(ids).logits
-    assert wide.dtype == torch.float64
-    torch.testing.assert_close(wide, read, rtol=0, atol=0)
+        ours, read = healed.model(ids).logits, load_model(tmp_path / "o")(ids).logits
+    # Mixed precision is off again.
+    torch.testing.assert_close(ours, read, rtol=0, atol=0)
     assert healed.about["held_out_after"] < 0.8 * healed.about["held_out_before"]
     assert math.isfinite(healed.about["loss"])
