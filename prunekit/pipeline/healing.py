@@ -14,6 +14,7 @@ from prunekit.heal.scene import Scene, matches, place, ranks
 from prunekit.modeling.load import load_model, load_tokenizer, to_float64
 from prunekit.pipeline.choose import Talk, silent
 from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
+from prunekit.pipeline.measure import subject_of
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Heal, Recipe
@@ -66,6 +67,10 @@ def check_healing(view: ModelView, recipe: Recipe) -> None:
     if device.startswith("cuda:"):
         hint = f"use `cuda`, and CUDA_VISIBLE_DEVICES={device.partition(':')[2]} in the environment"
         raise UsageError(f"training cannot be put on `{device}`", why="it takes the first device there is", hint=hint)
+    if kind == "text":
+        subject_of(recipe, view, None).require_positions(
+            recipe.heal.length_tokens, "a sequence of `heal`", hint="lower `heal.length_tokens`"
+        )
     check(recipe.heal, kind == "text")
 
 

@@ -85,6 +85,7 @@ def test_healing_that_cannot_be_is_refused_before_any_work(small: Small, tmp_pat
     bad = [
         (small("bert"), {**HEAL, "method": "finetune"}, UsageError, "`finetune` needs a model that writes text"),
         (small("llama"), {**HEAL, "data": str(tmp_path / "empty.txt")}, UsageError, "holds no text"),
+        (small("gpt2"), {**HEAL, "length_tokens": 129}, UsageError, "a sequence of `heal` is longer than"),
         (write_tiny("vit", tmp_path / "vit"), HEAL, UsageError, "needs a model that reads text"),
     ]
     for folder, heal, error, words in bad:
