@@ -67,10 +67,9 @@ def check_healing(view: ModelView, recipe: Recipe) -> None:
     if device.startswith("cuda:"):
         hint = f"use `cuda`, and CUDA_VISIBLE_DEVICES={device.partition(':')[2]} in the environment"
         raise UsageError(f"training cannot be put on `{device}`", why="it takes the first device there is", hint=hint)
-    if kind == "text":
-        subject_of(recipe, view, None).require_positions(
-            recipe.heal.length_tokens, "a sequence of `heal`", hint="lower `heal.length_tokens`"
-        )
+    subject_of(recipe, view, None).require_positions(
+        recipe.heal.length_tokens, "a sequence of `heal`", hint="lower `heal.length_tokens`"
+    )
     check(recipe.heal, kind == "text")
 
 
