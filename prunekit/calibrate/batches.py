@@ -16,13 +16,13 @@ from prunekit.core.errors import UsageError
 _SHORTEST_SENTENCE_WORDS = 8
 
 
-def token_batch(tokenizer: Any, data: str, sequences: int, length_tokens: int, seed: int = 0) -> Tensor:
+def token_batch(tokenizer: Any, data: str, sequences: int | None, length_tokens: int, seed: int = 0) -> Tensor:
     """Windows of running text that do not overlap, without special tokens.
 
     Args:
         tokenizer: of the model, as transformers loads it.
         data: name or path, as `load_text` takes it.
-        sequences: how many windows.
+        sequences: how many windows; None takes all there are, at least one.
         length_tokens: tokens in each window.
         seed: 0 takes the windows from the start of the text; above 0 draws which windows of the text to take.
     Returns:
@@ -32,6 +32,7 @@ def token_batch(tokenizer: Any, data: str, sequences: int, length_tokens: int, s
     """
     ids = torch.tensor(_encode(tokenizer, load_text(data)), dtype=torch.int64)
     windows = ids.numel() // length_tokens
+    sequences = max(1, windows) if sequences is None else sequences
     if windows < sequences:
         raise UsageError(
             f"`{data}` is too short for {sequences} sequences of {length_tokens} tokens",
@@ -42,13 +43,15 @@ def token_batch(tokenizer: Any, data: str, sequences: int, length_tokens: int, s
     return ids[_chosen(windows, sequences, seed)].clone()
 
 
-def sentence_batch(tokenizer: Any, data: str, sequences: int, length_tokens: int, seed: int = 0) -> dict[str, Tensor]:
+def sentence_batch(
+    tokenizer: Any, data: str, sequences: int | None, length_tokens: int, seed: int = 0
+) -> dict[str, Tensor]:
     """Lines of a text as an encoder reads them: special tokens added, padded on the right to the longest.
 
     Args:
         tokenizer: of the model; without a padding token its end token pads.
         data: name or path, as `load_text` takes it. Headings (` = Title = `) and lines under 8 words are passed over.
-        sequences: how many lines.
+        sequences: how many lines; None takes all there are, at least one.
         length_tokens: longest line in tokens, special tokens included; longer ones are cut.
         seed: 0 takes the first lines; above 0 draws them.
     Returns:
@@ -59,6 +62,7 @@ def sentence_batch(tokenizer: Any, data: str, sequences: int, length_tokens: int
     """
     lines = [line.strip() for line in load_text(data).split("\n")]
     lines = [x for x in lines if not x.startswith("= ") and len(x.split()) >= _SHORTEST_SENTENCE_WORDS]
+    sequences = max(1, len(lines)) if sequences is None else sequences
     if len(lines) < sequences:
         raise UsageError(
             f"`{data}` has too few lines for {sequences} sequences",

@@ -48,6 +48,9 @@ _SECTIONS = (
     ("Select", "calibrate.select"),
     ("Step", "steps"),
     ("Budget", "steps: budget"),
+    ("Repair", "repair"),
+    ("Heal", "heal"),
+    ("HealText", "heal.data"),
     ("Evaluate", "evaluate"),
     ("Perplexity", "evaluate.perplexity"),
     ("Embedding", "evaluate.embedding"),
@@ -89,6 +92,8 @@ def recipe_page() -> str:
     for name, title in _SECTIONS:
         definition = schema["$defs"][name]
         parts += [f"## {title}\n", definition["description"] + "\n", _table(definition)]
+        if name in ("Repair", "Heal"):
+            parts.append("The [method's](../methods/index.md) own knobs stand beside these keys.\n")
         if name == "Evaluate":
             parts.append("`tasks` takes the [tasks](tasks.md) of `prunekit evaluate`, options beside the name.\n")
         if name == "Step":
@@ -106,6 +111,8 @@ def _table(definition: Mapping[str, Any]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     required = definition.get("required", [])
     for key, value in definition["properties"].items():
+        if key == "knobs":
+            continue
         default = value.get("default")
         plain = default is not None and not isinstance(default, Mapping)
         shown = "required" if key in required else f"`{yaml_text(default)}`" if plain else ""
@@ -243,8 +250,9 @@ def index_page(cards: list[Card]) -> str:
         rows.append(_row(link, entry.role, entry.status, ", ".join(entry.kinds), needs, entry.summary))
     intro = (
         "For people who choose a method. A score gives every unit one number and the lowest go; a search runs the cut "
-        "model to decide what goes next; a repair fits new weights to what is left; a metric scores training examples "
-        "for `prunekit data`. `preview` becomes `stable` once a published or own number is reproduced.\n"
+        "model to decide what goes next; a repair fits new weights to what is left; healing trains it; a metric scores "
+        "training examples for `prunekit data`. `preview` becomes `stable` once a published or own number is "
+        "reproduced.\n"
     )
     return "\n".join(["# Methods\n", _MADE, intro, *rows])
 

@@ -26,6 +26,7 @@ _ORDER = (
     "score",
     "plan",
     "apply",
+    "heal",
     "export",
     "verify",
     "evaluate",

@@ -26,7 +26,7 @@ def list_(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """List scores, searches, repairs and metrics of data pruning, with status and needs."""
+    """List scores, searches, repairs, ways of healing and metrics of data pruning, with status and needs."""
     show_list(Output(json=json), remove)
 
 
@@ -56,7 +56,7 @@ def show_list(out: Output, kind: str | None) -> None:
 
 
 def needs_text(needs: tuple[str, ...], role: str) -> str:
-    """`no data`, the statistics a score needs, or that a search or a repair runs the model."""
+    """`no data`, the statistics a score needs, or that a search, a repair or healing runs the model."""
     if role != "score" and needs:
         return "runs the model"
     return ", ".join(needs) or "no data"

@@ -97,8 +97,9 @@ def show_plan(
 
     if file is not None:
         require_free(file, overwrite)
-    if recipe.repair is not None:
-        out.talk("a plan holds cuts alone: `repair` is carried out by `prunekit prune`")
+    later = [name for name in ("repair", "heal") if getattr(recipe, name) is not None]
+    if later:
+        out.talk(f"a plan holds cuts alone: {' and '.join(f'`{n}`' for n in later)} come with `prunekit prune`")
     with out.progress() as progress:
         made = pipeline.make_plan(recipe, progress=progress, talk=out.talk)
     _show(out, made.view, made.plan, made.layout, asdict(made.before), asdict(made.after), made.orders)

@@ -6,6 +6,7 @@ PrunekitError                 1  the work failed
 ├── PlanError                 1  a plan asks for what the model does not have
 ├── SurgeryError              1  a cut could not be carried out
 ├── ExportError               1  a format could not be written
+├── HealError                 1  training after the cut cannot go on
 ├── EvaluationError           1  a measurement could not be made
 ├── RuntimePolicyError        1  a run-time pattern cannot be used
 ├── UsageError                2  the command or a call was wrong
@@ -54,6 +55,10 @@ class SurgeryError(PrunekitError):
 
 class ExportError(PrunekitError):
     """A format could not be written."""
+
+
+class HealError(PrunekitError):
+    """Training after the cut cannot go on."""
 
 
 class EvaluationError(PrunekitError):

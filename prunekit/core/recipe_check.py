@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
+from pydantic import BaseModel
+
 from prunekit.core.errors import PrunekitError
 from prunekit.core.recipe_fields import knob_problems
-from prunekit.core.recipe_model import ALTERNATING, EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Kind
+from prunekit.core.recipe_model import ALTERNATING, EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Heal, Kind, Repair
 from prunekit.core.recipe_problems import Problem, near
-from prunekit.core.registry import METRICS, REPAIRS
+from prunekit.core.registry import HEALS, METRICS, REPAIRS, Registry
 from prunekit.core.task_options import label_of, make_task, split_limit, task_problems
 from prunekit.core.yaml_lines import KeyPath
 
@@ -30,7 +32,9 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
             problems += _budget(step, path)
             problems += _alternating(step, path)
             problems += _method(step, path)
-    problems += _repair(data)
+    problems += _after_cut(data, "repair", REPAIRS, Repair)
+    problems += _after_cut(data, "heal", HEALS, Heal)
+    problems += _heal(data)
     problems += _select(data)
     problems += _export(data)
     problems += _require(data)
@@ -162,17 +166,40 @@ def _method(step: Mapping[str, Any], path: KeyPath) -> list[Problem]:
     return problems + knob_problems(cls, {k: v for k, v in by.items() if k not in REGISTRIES}, here)
 
 
-def _repair(data: Mapping[str, Any]) -> list[Problem]:
-    raw = data.get("repair")
+def _after_cut(data: Mapping[str, Any], key: str, registry: Registry, model: type[BaseModel]) -> list[Problem]:
+    """Method and knobs of `repair` or `heal`, which stand beside the keys that every method of them has."""
+    raw = data.get(key)
     if not isinstance(raw, Mapping) or not isinstance(raw.get("method"), str):
         return []
     name = raw["method"]
-    if name not in REPAIRS.names():
-        names = REPAIRS.names()
+    if name not in registry.names():
+        names = registry.names()
         hint = near(name, names) or f"there are: {', '.join(names)}"
-        return [Problem(f"no repair named `{name}`", ("repair", "method"), hint=hint)]
-    knobs = {key: value for key, value in raw.items() if key not in ("method", "calibrate")}
-    return knob_problems(REPAIRS.get(name), knobs, ("repair",))
+        return [Problem(f"no {key} named `{name}`", (key, "method"), hint=hint)]
+    shared = [field for field in model.model_fields if field != "knobs"]
+    knobs = {knob: value for knob, value in raw.items() if knob not in shared}
+    return knob_problems(registry.get(name), knobs, (key,), shared)
+
+
+def _heal(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Numbers of `heal` that do not go together."""
+    raw = data.get("heal")
+    if not isinstance(raw, Mapping):
+        return
+    batch, parts = raw.get("batch", Heal.model_fields["batch"].default), raw.get("accumulate", 1)
+    if isinstance(batch, int) and isinstance(parts, int) and parts > 0 and batch % parts:
+        why = "each pass takes the same number of sequences"
+        yield Problem(f"`batch: {batch}` cannot be split into {parts} passes", ("heal", "accumulate"), why=why)
+    if raw.get("patience") is not None and raw.get("held_out") in (0, 0.0):
+        hint = "give `held_out`, a fraction such as 0.05"
+        yield Problem("`patience` needs a held-out part", ("heal", "patience"), hint=hint)
+    texts = raw.get("data")
+    for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
+        if isinstance(text, Mapping) and text.get("prompts") is not None and text.get("data") != "teacher":
+            hint = "take it out, or write `data: teacher`"
+            yield Problem(
+                "`prompts` is for text that the teacher writes", ("heal", "data", index, "prompts"), hint=hint
+            )
 
 
 def _which(role: str, name: str) -> str:

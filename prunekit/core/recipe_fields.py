@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -16,7 +16,6 @@ from prunekit.core.yaml_lines import KeyPath
 
 # What a recipe may come to say, and what does the nearest thing until then.
 NOT_BUILT = {
-    ("heal",): "healing after the cut is not built yet; train the written folder like any other model",
     ("runtime",): "run-time patterns and cache policies are not part of recipes yet",
     ("gates",): "methods that learn masks are not built yet; `prunekit methods list` shows what is",
     ("steps", "rewire"): "rewiring is not built yet; steps remove units",
@@ -60,13 +59,13 @@ def field_problems(data: Mapping[str, Any]) -> tuple[list[Problem], Recipe | Non
     return [p for p in problems if p.path[:2] not in rewired or p.path[2:] == ("rewire",)], None
 
 
-def knob_problems(cls: type, knobs: Mapping[str, Any], path: KeyPath) -> list[Problem]:
-    """The same for the knobs of a method's class."""
+def knob_problems(cls: type, knobs: Mapping[str, Any], path: KeyPath, shared: Sequence[str] = ()) -> list[Problem]:
+    """The same for the knobs of a method's class; `shared` are keys that may stand beside any method's knobs."""
     try:
         errors = _knob_errors(cls, knobs)
     except PrunekitError as error:
         return [Problem(error.what, path, why=error.why, hint=error.hint)]
-    known = [name for name in getattr(cls, "__pydantic_fields__", {}) if not name.startswith("_")]
+    known = [name for name in getattr(cls, "__pydantic_fields__", {}) if not name.startswith("_")] + list(shared)
     by_knob: dict[Any, list[dict[str, Any]]] = {}
     for entry in errors:
         by_knob.setdefault(entry["loc"][:1], []).append(entry)

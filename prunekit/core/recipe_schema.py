@@ -19,23 +19,30 @@ def json_schema() -> dict[str, Any]:
         "description": definitions["Method"]["description"],
         "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role in REGISTRIES],
     }
-    repair = definitions["Repair"]
-    definitions["Repair"] = {
-        "description": repair["description"],
-        "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role == "repair"],
-    }
+    shared = {}
+    for after, title in (("repair", "Repair"), ("heal", "Heal")):
+        plain = definitions[title]
+        shared[after] = {key: value for key, value in plain["properties"].items() if key not in ("method", "knobs")}
+        definitions[title] = {
+            "description": plain["description"],
+            "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role == after],
+        }
+    text = {"$ref": "#/$defs/HealText"}
+    shared["heal"]["data"] = {**shared["heal"]["data"], "anyOf": [text, {"type": "array", "items": text}]}
+    for key in ("type", "items", "minItems"):
+        shared["heal"]["data"].pop(key, None)
     for role, name in _usable():
         knobs = TypeAdapter(registries()[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
         for inner, definition in knobs.pop("$defs", {}).items():
             definitions[f"{role}_{name}_{inner}"] = definition
-        definitions[f"{role}_{name}"] = _method(role, name, knobs, repair["properties"])
+        definitions[f"{role}_{name}"] = _method(role, name, knobs, shared.get(role))
     definitions["Measurement"] = {
         "description": definitions["Measurement"]["description"],
         "anyOf": [{"enum": list(TASKS.names())}, *({"$ref": f"#/$defs/task_{name}"} for name in TASKS.names())],
     }
     for name in TASKS.names():
         definitions[f"task_{name}"] = _task(name)
-    for short in ("Perplexity", "Embedding"):
+    for short in ("Perplexity", "Embedding", "HealText"):
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "prunekit recipe"}
@@ -43,7 +50,7 @@ def json_schema() -> dict[str, Any]:
 
 def _usable() -> list[tuple[str, str]]:
     """(role, name) of the methods that a recipe may name."""
-    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, "repair")]
+    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, "repair", "heal")]
 
 
 def _task(name: str) -> dict[str, Any]:
@@ -64,10 +71,10 @@ def _task(name: str) -> dict[str, Any]:
     }
 
 
-def _method(role: str, name: str, knobs: dict[str, Any], repair: dict[str, Any]) -> dict[str, Any]:
-    """Schema of one method's mapping; `repair`: the keys that every repair has."""
+def _method(role: str, name: str, knobs: dict[str, Any], shared: dict[str, Any] | None) -> dict[str, Any]:
+    """Schema of one method's mapping; `shared`: the keys that all methods of `repair` or `heal` have."""
     entry = card(role, name)
-    key, others = ("method", {"calibrate": repair["calibrate"]}) if role == "repair" else (role, {})
+    key, others = (role, {}) if shared is None else ("method", shared)
     meanings = {knob.name: knob.meaning for knob in entry.knobs}
     properties = {
         knob: {"description": meanings.get(knob, ""), **value} for knob, value in knobs.get("properties", {}).items()

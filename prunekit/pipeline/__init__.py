@@ -4,3 +4,5 @@ from prunekit.pipeline.carry_out import Result as Result
 from prunekit.pipeline.carry_out import run as run
 from prunekit.pipeline.choose import Made as Made
 from prunekit.pipeline.choose import make_plan as make_plan
+from prunekit.pipeline.heal_folder import heal_folder as heal_folder
+from prunekit.pipeline.heal_folder import heal_recipe as heal_recipe

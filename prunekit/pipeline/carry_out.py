@@ -1,7 +1,9 @@
-"""The main job: plan, cut, measure, export, verify, report; the output folder appears whole or not at all."""
+"""The main job: plan, cut, heal, measure, export, verify, report; the output folder appears whole or not at all."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +14,15 @@ from prunekit.core.errors import ExportError
 from prunekit.core.files import atomic_folder, require_free_folder, sha256_file, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
+from prunekit.pipeline.healing import (
+    REFERENCE_PARAMS,
+    check_healing,
+    healed_in_place,
+    notes_of,
+    require_one_process,
+    scene_of,
+    work_folder,
+)
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
 from prunekit.pipeline.mend import as_stored, mended, put_into, repair_inputs
@@ -23,8 +34,6 @@ if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
 
 MANIFEST, RECIPE, ONNX = "prunekit.json", "recipe.yaml", "onnx"
-# A reference in float64 takes 8 bytes a parameter; above this the check in fresh processes goes without one.
-_REFERENCE_PARAMS = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Result:
         made: the plan and what it was made from.
         before: measurements of the model before the cut.
         after: the same for the result.
+        cut: the same between cut and healing; empty where nothing was healed.
+        heal: what the healing says about itself; empty without one.
         expectations: each limit of `expect` with its value and whether it holds; where one does not, the manifest and
             the model card say so.
         verified: the checks in fresh processes.
@@ -49,6 +60,8 @@ class Result:
     expectations: list[dict[str, Any]]
     verified: VerifyReport
     seconds: Mapping[str, float] = field(default_factory=dict)
+    cut: Mapping[str, Any] = field(default_factory=dict)
+    heal: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -60,6 +73,7 @@ class Result:
             "layout": made.layout.kind,
             "loads": loads(made.view, made.plan, made.layout),
             "before": dict(self.before),
+            **({"cut": dict(self.cut), "heal": dict(self.heal)} if self.heal else {}),
             "after": dict(self.after),
             "expectations": self.expectations,
             "verified": self.verified.to_json(),
@@ -93,7 +107,9 @@ def run(
         made = mended(recipe, made, progress)
         clock.lap("repair")
     with atomic_folder(output, overwrite) as folder:
-        return _finish(recipe, made, output, folder, progress, talk, clock)
+        result = _finish(recipe, made, output, folder, progress, talk, clock)
+    shutil.rmtree(work_folder(output), ignore_errors=True)
+    return result
 
 
 class _Clock:
@@ -113,6 +129,8 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     from prunekit.evaluate.run import check
     from prunekit.structure.view import ModelView
 
+    if recipe.heal is not None:
+        require_one_process()
     require_free_folder(output, overwrite)
     device_of(recipe)
     if ONNX in recipe.export.formats:
@@ -123,6 +141,7 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     if output.exists() and output.resolve() == view.checkpoint.folder.resolve():
         raise ExportError(f"`{output}` is the model itself", hint="give another folder")
     check_evaluation(view, recipe)
+    check_healing(view, recipe)
     tokenizer = tokenizer_for(view, recipe) if _needs_tokenizer(recipe) else None
     repair_inputs(recipe, view)
     subject = subject_of(recipe, view, tokenizer)
@@ -131,7 +150,8 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
 
 def _needs_tokenizer(recipe: Recipe) -> bool:
     asked = recipe.evaluate
-    return any(part is not None for part in (asked.perplexity, asked.embedding, asked.sample, asked.tasks))
+    parts = (asked.perplexity, asked.embedding, asked.sample, asked.tasks, recipe.heal)
+    return any(part is not None for part in parts)
 
 
 def _finish(
@@ -145,8 +165,22 @@ def _finish(
     engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced)
     clock.lap("cut")
     talk("measuring before and after")
-    before, after, reference = _measured(recipe, made, folder, progress)
+    tokenizer = tokenizer_for(made.view, recipe) if _needs_tokenizer(recipe) else None
+    measurer = Measurer(recipe, made.view, tokenizer, progress)
+    dense = measurer.load(made.view.checkpoint.folder)
+    before, after = _measured(measurer, made, dense, folder)
     clock.lap("measure")
+    cut: dict[str, Any] = {}
+    about: Mapping[str, Any] = {}
+    if recipe.heal is not None:
+        talk(f"healing by {recipe.heal.method}")
+        scene = scene_of(recipe, made.view, folder, made.layout.pairs, dense, _made_from(recipe, made), progress, talk)
+        reference, about = healed_in_place(scene, work_folder(output), recipe.export.max_shard_bytes)
+        clock.lap("heal")
+        cut, after = after, {**after, **_again(measurer, dense, folder)}
+        clock.lap("measure again")
+    else:
+        reference = _masked_reference(made, dense, folder)
     if ONNX in recipe.export.formats:
         talk("exporting to ONNX")
         after |= _exported(folder, progress)
@@ -155,24 +189,27 @@ def _finish(
     verified = _verified(folder, reference, progress)
     clock.lap("verify")
     after["loads_stock"] = made.layout.kind != "heterogeneous"
-    result = Result(output, made, before, after, recipe.expect.judge(after), verified, clock.seconds)
+    result = Result(output, made, before, after, recipe.expect.judge(after), verified, clock.seconds, cut, about)
     _write_story(recipe, folder, result, progress)
     return result
 
 
-def _measured(
-    recipe: Recipe, made: Made, folder: Path, progress: Progress
-) -> tuple[dict[str, Any], dict[str, Any], Reference | None]:
-    """Measurements of both models, and what the result must compute."""
-    tokenizer = tokenizer_for(made.view, recipe) if _needs_tokenizer(recipe) else None
-    measurer = Measurer(recipe, made.view, tokenizer, progress)
-    dense = measurer.load(made.view.checkpoint.folder)
+def _measured(measurer: Measurer, made: Made, dense: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measurements of the dense model and of the cut one."""
     before = {**asdict(made.before), "file_bytes": made.view.checkpoint.file_bytes, **measurer.measure(dense, dense)}
-    cut = measurer.load(folder)
+    return before, {**asdict(made.after), **_again(measurer, dense, folder)}
+
+
+def _made_from(recipe: Recipe, made: Made) -> str:
+    """What the cut model was made from, besides the source."""
+    repair = None if recipe.repair is None else recipe.effective()["repair"]
+    return json.dumps([made.plan.to_json(), made.layout.kind, repair], sort_keys=True)
+
+
+def _again(measurer: Measurer, dense: Any, folder: Path) -> dict[str, Any]:
+    """What can only be known of the folder as it is."""
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    after = {**asdict(made.after), "file_bytes": file_bytes, **measurer.measure(cut, dense)}
-    del cut
-    return before, after, _masked_reference(made, dense, folder)
+    return {"file_bytes": file_bytes, **measurer.measure(measurer.load(folder), dense)}
 
 
 def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
@@ -185,7 +222,7 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     from prunekit.modeling.load import load_tokenizer, to_float64
     from prunekit.modeling.modeling_prunekit import blocks_of, skip
 
-    if made.plan.keep or made.before.params > _REFERENCE_PARAMS:
+    if made.plan.keep or made.before.params > REFERENCE_PARAMS:
         return None
     dense = to_float64(dense)
     put_into(dense, made.view, made.repaired)
@@ -249,7 +286,7 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
         "orders": [order.to_json() for order in made.orders],
         **({"repair": dict(made.repair)} if made.repair else {}),
         **{key: value for key, value in data.items() if key != "output"},
-        "notes": _notes(recipe),
+        "notes": [*_notes(recipe), *notes_of(result.heal)],
     }
     write_json(folder / MANIFEST, manifest)
     write_report(folder)

@@ -118,7 +118,7 @@ def card_facts(run: Run, auto_class: str, layer_map: str = "", report: str = "")
         layout=run.layout,
         loads=run.loads,
         removed=[summary(rows), *details(rows)],
-        measured=lines(run.before, run.after),
+        measured=lines(run.before, run.after, run.cut),
         notes=run.notes,
         prompt=run.prompt,
         samples=run.samples,

@@ -63,7 +63,7 @@ def _context(run: Run) -> dict[str, Any]:
         "states": sorted({getattr(row, kind).state for row in rows for kind in KINDS} - {"absent"}),
         "heats": [(o, heat_map(o, run.plan)) for o in run.orders if isinstance(o, ScoresPart) and o.units],
         "charts": [(o, line_chart(o), _distance(o)) for o in run.orders if isinstance(o, OrderPart) and o.steps],
-        "measured": lines(run.before, run.after),
+        "measured": lines(run.before, run.after, run.cut),
         "expectations": [(e.name, _plain(e.limit), _plain(e.value), e.ok) for e in run.expectations],
         "recipe": run.recipe_text(),
         "seeds": list(_seeds(run.recipe)),

@@ -20,17 +20,19 @@ def outcome(
     after: Mapping[str, Any],
     loads: Mapping[str, str],
     expectations: Sequence[Mapping[str, Any]] = (),
+    cut: Mapping[str, Any] | None = None,
 ) -> RenderableType:
     """Everything a person reads after a run, top to bottom.
 
     Args:
         rows: layer map rows.
         before: measurements of the source, keys as in `table.MEASURES`, plus `sample`.
-        after: the same for the cut model.
+        after: the same for the result.
         loads: where the result loads: target and how.
         expectations: per entry `name`, `limit`, `value`, `ok`.
+        cut: measurements after the cut and before healing; None where nothing was healed.
     """
-    parts: list[RenderableType] = [LayerMap(rows), "", before_after(lines(before, after))]
+    parts: list[RenderableType] = [LayerMap(rows), "", before_after(lines(before, after, cut))]
     if before.get("sample") or after.get("sample"):
         parts += ["", *_samples(before.get("sample"), after.get("sample"))]
     if loads:

@@ -142,6 +142,7 @@ class Run(_Part):
     loads: dict[str, Text] = {}
     before: dict[str, Any]
     after: dict[str, Any]
+    cut: dict[str, Any] = {}
     expectations: tuple[Expectation, ...] = ()
     verified: Verified | None = None
     seconds: dict[str, Number] = {}
@@ -150,7 +151,7 @@ class Run(_Part):
 
     @model_validator(mode="after")
     def _numbers(self) -> Run:
-        for side in ("before", "after"):
+        for side in ("before", "cut", "after"):
             values = getattr(self, side)
             for measure in MEASURES:
                 value = values.get(measure.key)

@@ -53,14 +53,16 @@ class Line:
     before: str
     after: str
     change: str
+    cut: str = ""
 
 
-def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Line]:
+def lines(before: Mapping[str, Any], after: Mapping[str, Any], cut: Mapping[str, Any] | None = None) -> list[Line]:
     """Lines for every known measurement that both or either side has, then for every figure of a task.
 
     Args:
         before: values by key as in `MEASURES`, None or missing where not measured; and under `figures` those of tasks.
-        after: the same for the cut model.
+        after: the same for the result.
+        cut: the same after the cut and before healing; None or empty where nothing was healed.
     Returns:
         Lines in the order of `MEASURES`. 134515008 -> 107000000 parameters reads `parameters  M  134.5  107.0  -20.5`.
     """
@@ -70,11 +72,13 @@ def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Line]:
         if (a is None and b is None) or (not a and not b):
             continue
         scale, unit = _scale(measure.unit, max(abs(v) for v in (a, b) if v is not None))
-        shown.append(Line(measure.label, unit, _number(a, scale), _number(b, scale), _change(a, b)))
-    figures = [side.get("figures") or {} for side in (before, after)]
+        between = _number(cut.get(measure.key), scale) if cut else ""
+        shown.append(Line(measure.label, unit, _number(a, scale), _number(b, scale), _change(a, b), between))
+    figures = [side.get("figures") or {} for side in (before, after, cut or {})]
     for key in dict.fromkeys([*figures[0], *figures[1]]):
         a, b = figures[0].get(key), figures[1].get(key)
-        shown.append(Line(key, "", _number(a, 1.0), _number(b, 1.0), _change(a, b)))
+        between = _number(figures[2].get(key), 1.0) if cut else ""
+        shown.append(Line(key, "", _number(a, 1.0), _number(b, 1.0), _change(a, b), between))
     return shown
 
 
@@ -106,19 +110,24 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 def before_after(shown: Sequence[Line], names: tuple[str, str] = ("before", "after")) -> Table:
-    """Rich table of the lines; numbers right-aligned."""
+    """Rich table of the lines; numbers right-aligned, with a column `cut` where a line has it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     table.add_column("unit")
-    for head in (*names, "change (%)"):
+    between = ["cut"] if any(line.cut for line in shown) else []
+    for head in (names[0], *between, names[1], "change (%)"):
         table.add_column(head, justify="right", no_wrap=True)
     for line in shown:
-        table.add_row(line.label, line.unit, line.before, line.after, line.change)
+        table.add_row(line.label, line.unit, line.before, *[line.cut for _ in between], line.after, line.change)
     return table
 
 
 def markdown(shown: Sequence[Line], names: tuple[str, str] = ("before", "after")) -> str:
     """The same table in Markdown."""
-    rows = [f"| | unit | {names[0]} | {names[1]} | change (%) |", "|---|---|---:|---:|---:|"]
-    rows += [f"| {x.label} | {x.unit} | {x.before} | {x.after} | {x.change} |" for x in shown]
+    healed = any(line.cut for line in shown)
+    heads = [names[0], *(["cut"] if healed else []), names[1], "change (%)"]
+    rows = [f"| | unit | {' | '.join(heads)} |", "|---|---|" + "---:|" * len(heads)]
+    for x in shown:
+        values = [x.before, *([x.cut] if healed else []), x.after, x.change]
+        rows.append(f"| {x.label} | {x.unit} | {' | '.join(values)} |")
     return "\n".join(rows)

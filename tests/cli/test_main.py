@@ -24,6 +24,7 @@ VERBS = [
     "score",
     "plan",
     "apply",
+    "heal",
     "export",
     "verify",
     "evaluate",

@@ -40,7 +40,7 @@ def test_explain_shows_the_whole_card(role: str, name: str, capsys) -> None:
     assert f"{name}  {role}, {entry.status}\n" in text
     for knob in entry.knobs:
         assert knob.name in text
-    uses = {"metric": f"--metric {name}", "repair": f"repair: {{method: {name}"}
+    uses = {"metric": f"--metric {name}", "repair": f"repair: {{method: {name}", "heal": f"heal: {{method: {name}"}
     assert uses.get(role, f"by: {{{role}: {name}") in text
 
 
@@ -48,7 +48,7 @@ def test_explain_shows_the_whole_card(role: str, name: str, capsys) -> None:
 def test_each_method_explains_each_knob(role: str, name: str) -> None:
     entry = card(role, name)
     assert entry.summary
-    assert bool(entry.kinds) == (role != "repair")
+    assert bool(entry.kinds) == (role not in ("repair", "heal"))
     assert entry.evidence
     assert [knob.name for knob in entry.knobs if not knob.meaning] == []
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from prunekit.core.errors import PrunekitError, UsageError
-from prunekit.core.registry import SCORES, SEARCHES, Registry
+from prunekit.core.registry import HEALS, REPAIRS, SCORES, SEARCHES, Registry
 from prunekit.core.types import Order, OrderStep, Scores
 
 
@@ -17,6 +17,17 @@ def test_every_method_imports_and_says_what_it_is(registry: Registry) -> None:
         cls = registry.get(name)
         assert cls.__name__.lower() == name.replace("_", "")
         assert cls.kinds
+        assert cls.evidence
+        assert cls.status in ("preview", "stable")
+        cls(**cls.example)
+
+
+@pytest.mark.parametrize("registry", [REPAIRS, HEALS], ids=["repairs", "heals"])
+def test_every_method_after_the_cut_says_what_it_is(registry: Registry) -> None:
+    assert registry.names()
+    for name in registry.names():
+        cls = registry.get(name)
+        assert cls.__name__.lower() == name.replace("_", "")
         assert cls.evidence
         assert cls.status in ("preview", "stable")
         cls(**cls.example)

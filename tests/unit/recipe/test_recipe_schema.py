@@ -27,6 +27,25 @@ def test_schema_offers_repairs_with_their_knobs_and_data() -> None:
     assert entry["required"] == ["method"]
 
 
+def test_schema_offers_healing_with_knobs_settings_and_texts() -> None:
+    definitions = json_schema()["$defs"]
+    entry = definitions["heal_distill"]["properties"]
+    assert {"method", "data", "steps", "lr", "temperature", "top_k"} <= set(entry)
+    assert "knobs" not in entry
+    assert {"type": "string"} in definitions["HealText"]["anyOf"]
+
+
+def test_heal_reads_short_forms_of_data_and_writes_what_reads_the_same() -> None:
+    sound = {"schema": 1, "model": {"source": "x"}, "steps": [{"remove": "blocks", "by": {"score": "norm"},
+                                                              "budget": {"units": 1}}]}  # fmt: skip
+    forms = ["a.txt", {"data": "a.txt"}, ["a.txt"], [{"data": "a.txt", "weight": 1.0}]]
+    read = [parse_recipe({**sound, "heal": {"method": "distill", "data": form, "top_k": 3}}) for form in forms]
+    assert len({str(recipe.effective()) for recipe in read}) == 1
+    effective = read[0].effective()
+    assert effective["heal"]["temperature"] == 1.0
+    assert parse_recipe(effective).effective() == effective
+
+
 def test_schema_refers_only_to_what_it_defines() -> None:
     schema = json_schema()
 

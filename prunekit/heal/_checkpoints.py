@@ -1,0 +1,95 @@
+"""Training checkpoints in the work folder: sealed by digests when whole, checked before training goes on from one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from prunekit.core.errors import HealError
+from prunekit.core.files import sha256_file, write_json
+
+RUN, _SEAL = "run.json", "sealed.json"
+
+
+def open_work(work: Path, facts: dict[str, Any]) -> None:
+    """Makes the work folder, or makes sure that what lies in it is the same training.
+
+    Args:
+        work: the folder.
+        facts: what the training is made of, plain values.
+    Raises:
+        HealError: if another training, or something else, lies there.
+    """
+    if not work.exists():
+        work.mkdir(parents=True)
+        write_json(work / RUN, facts)
+        return
+    try:
+        found = json.loads((work / RUN).read_text("utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise HealError(
+            f"`{work}` is no training that can go on", why=f"it has no readable `{RUN}`", hint="delete or rename it"
+        )
+    odd = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+    if odd and not sealed(work):
+        # Nothing was reached yet that could be lost.
+        write_json(work / RUN, facts)
+    elif odd:
+        told = [f"`{name}` was {found.get(name)}, is {facts.get(name)}" for name in odd if "digest" not in name]
+        raise HealError(
+            f"`{work}` holds an unfinished training of another kind",
+            why="; ".join(told) or f"{', '.join(odd).replace('_', ' ')} differs",
+            hint="give the same settings to go on with it, or delete or rename the folder",
+        )
+
+
+def seal(checkpoint: Path) -> None:
+    """Marks a checkpoint as whole."""
+    files = {file.name: sha256_file(file) for file in sorted(checkpoint.iterdir()) if file.name != _SEAL}
+    write_json(checkpoint / _SEAL, files)
+
+
+def sealed(work: Path) -> list[Path]:
+    """Whole checkpoints of a work folder, oldest first."""
+    found = [path for path in work.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted((path for path in found if (path / _SEAL).is_file()), key=_step)
+
+
+def latest(work: Path) -> Path | None:
+    """The checkpoint to go on from, None where there is none; the unfinished ones of a killed run are ignored.
+
+    Raises:
+        HealError: if its files are not those that were sealed.
+    """
+    whole = sealed(work)
+    if not whole:
+        return None
+    checkpoint = whole[-1]
+    try:
+        digests = json.loads((checkpoint / _SEAL).read_text("utf-8"))
+        bad = [n for n, digest in digests.items() if Path(n).name != n or sha256_file(checkpoint / n) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        bad = [str(error)]
+    if bad:
+        instead = f"its folder, to go on from `{whole[-2].name}`" if len(whole) > 1 else f"`{work}`, to begin again"
+        raise HealError(
+            f"the training checkpoint `{checkpoint}` is damaged", why=f"not as written: {bad[0]}",
+            hint=f"delete {instead}",
+        )  # fmt: skip
+    return checkpoint
+
+
+def drop_unfinished(work: Path) -> None:
+    """Deletes checkpoints that a killed run did not finish."""
+    whole = sealed(work)
+    for path in work.glob("checkpoint-*"):
+        if path not in whole:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

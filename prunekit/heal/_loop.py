@@ -1,0 +1,235 @@
+"""The one training loop: transformers' Trainer, quiet, with checkpoints that a killed run goes on from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from prunekit.core.errors import HealError, UsageError
+from prunekit.heal._checkpoints import drop_unfinished, latest, seal, sealed
+from prunekit.heal._data import Data
+from prunekit.heal.scene import Objective, Scene, is_first_rank, ranks
+
+if TYPE_CHECKING:
+    from prunekit.core.progress import Task
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_LOWER = "lower `heal.lr`, lengthen `heal.warm_up`, or compute in float32"
+
+
+class _Rows(Dataset[dict[str, Tensor]]):
+    def __init__(self, inputs: Mapping[str, Tensor], rows: Tensor) -> None:
+        self._inputs, self._rows = inputs, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        row = self._rows[i]
+        return {"row": row, **{name: values[row] for name, values in self._inputs.items()}}
+
+
+class _Trainer(Trainer):
+    """The Trainer with an objective as its loss, in training and on the held-out part."""
+
+    def __init__(self, objective: Objective, scene: Scene, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._objective = objective
+        self._options = {"output_hidden_states": objective.hidden_states, **scene.no_cache}
+        # The loss is a mean over tokens; the Trainer divides it by the passes of a step.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        given = {name: value for name, value in inputs.items() if name != "row"}
+        outputs = model(**given, **self._options)
+        loss = self._objective(outputs, given, inputs["row"])
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+class _Watch(TrainerCallback):
+    """Progress, seals of checkpoints, the time limit, and a stop where numbers are none."""
+
+    def __init__(self, scene: Scene, work: Path, task: Task) -> None:
+        self.scene, self.work, self.task = scene, work, task
+        self.begun = time.monotonic()
+        self.stopped_by = "steps"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.task.advance(1)
+        minutes = self.scene.asked.minutes
+        if minutes is not None and _any_rank(time.monotonic() - self.begun >= 60 * minutes, args.device):
+            control.should_training_stop = True
+            self.stopped_by = "minutes"
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        for name in ("loss", "grad_norm"):
+            self._require_number(name.replace("_", " "), (logs or {}).get(name), state.global_step)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        self._require_number("held-out loss", loss, state.global_step)
+        self.scene.talk(f"step {state.global_step} of {state.max_steps}: held-out loss {loss:.4f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            seal(self.work / f"checkpoint-{state.global_step}")
+
+    def _require_number(self, name: str, value: float | None, step: int) -> None:
+        if value is None or math.isfinite(value):
+            return
+        good = sealed(self.work)
+        kept = f"; the last good state is `{good[-1]}`" if good else ""
+        raise HealError(
+            f"the {name} is not a number at step {step}", why=f"training diverged{kept}",
+            hint=_LOWER + (f", and delete or rename `{self.work}`" if good else ""),
+        )  # fmt: skip
+
+
+def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path) -> dict[str, Any]:
+    """Trains a model in place, on from the last checkpoint where there is one.
+
+    Args:
+        model: weights in float32; afterwards the best state by held-out loss, or the last where nothing is held out.
+        objective: the loss.
+        data: rows.
+        scene: settings, device, progress.
+        work: folder for checkpoints; it stays.
+    Returns:
+        `steps_done`, `stopped_by` (steps, minutes, patience), `loss` of the last step, and where something is held out
+        its loss `held_out_before` and `held_out_after`, with `best_step`.
+    Raises:
+        HealError: if the loss is not a number, or the checkpoint is damaged.
+    """
+    asked = scene.asked
+    checkpoint = latest(work)
+    if is_first_rank():
+        drop_unfinished(work)
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    if checkpoint:
+        scene.talk(f"going on from step {done} of {asked.steps}")
+    arguments = _arguments(scene, data, work, begins=checkpoint is None)
+    with ExitStack() as stack:
+        task = stack.enter_context(scene.progress.task("healing", total=asked.steps - done, unit="steps"))
+        watch = _Watch(scene, work, task)
+        callbacks: list[TrainerCallback] = [watch]
+        if asked.patience is not None:
+            callbacks.insert(0, EarlyStoppingCallback(asked.patience))
+        trainer = _Trainer(
+            objective,
+            scene,
+            model=model,
+            args=arguments,
+            train_dataset=_Rows(data.inputs, data.train),
+            eval_dataset=_Rows(data.inputs, data.held_out) if len(data.held_out) else None,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            why = "each process must hold the whole model"
+            raise UsageError("healing under FSDP or DeepSpeed is not possible", why=why, hint="use torchrun alone")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # Mixed precision would stay with the model's forward.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    return _told(trainer.state, watch, asked.steps)
+
+
+def _arguments(scene: Scene, data: Data, work: Path, *, begins: bool) -> TrainingArguments:
+    asked = scene.asked
+    shares = asked.accumulate * ranks()
+    at_once = asked.batch // shares
+    if at_once * shares != asked.batch:
+        raise UsageError(
+            f"`heal.batch: {asked.batch}` cannot be split over {ranks()} processes of {asked.accumulate} passes",
+            hint=f"use a multiple of {shares}",
+        )
+    watched = len(data.held_out) > 0
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=asked.steps,
+        per_device_train_batch_size=at_once,
+        per_device_eval_batch_size=at_once,
+        gradient_accumulation_steps=asked.accumulate,
+        learning_rate=asked.lr,
+        lr_scheduler_type=_SCHEDULES[asked.schedule],
+        warmup_steps=math.ceil(asked.warm_up * asked.steps),
+        weight_decay=asked.weight_decay,
+        max_grad_norm=asked.max_grad_norm,
+        seed=asked.seed,
+        data_seed=asked.seed,
+        bf16=asked.dtype == "bfloat16",
+        use_cpu=scene.device == "cpu",
+        eval_strategy="steps" if watched else "no",
+        eval_steps=asked.check_every if watched else None,
+        eval_on_start=watched and begins,
+        save_strategy="steps",
+        save_steps=asked.check_every,
+        save_total_limit=2,
+        load_best_model_at_end=watched,
+        metric_for_best_model="loss" if watched else None,
+        greater_is_better=False if watched else None,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=scene.device == "cuda",
+        # An encoder's pooler has no part in the loss.
+        ddp_find_unused_parameters=not scene.decoder,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
+    # One process trains on one device; without this the Trainer would spread over all that it sees.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _told(state: Any, watch: _Watch, steps: int) -> dict[str, Any]:
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    watched = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    reason = watch.stopped_by
+    if reason == "steps" and state.global_step < steps:
+        reason = "patience"
+    told: dict[str, Any] = {
+        "steps_done": state.global_step,
+        "stopped_by": reason,
+        "loss": losses[-1] if losses else None,
+    }
+    if watched:
+        told |= {
+            "held_out_before": watched[0],
+            "held_out_after": state.best_metric,
+            "best_step": state.best_global_step,
+        }
+    return told
+
+
+def _any_rank(flag: bool, device: Any) -> bool:
+    """Whether it holds for any process, the same answer in all."""
+    if not torch.distributed.is_initialized():
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found.item())

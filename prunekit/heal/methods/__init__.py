@@ -1,0 +1,1 @@
+"""What a cut model is trained for, one file a method."""

@@ -1,0 +1,122 @@
+"""One healing from start to end: data, objective, training, weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunekit.checkpoint.reader import Checkpoint
+from prunekit.core.errors import UsageError
+from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.registry import HEALS
+from prunekit.heal.scene import Scene, is_first_rank, place
+
+if TYPE_CHECKING:
+    from prunekit.core.recipe_model import Heal
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A healed model.
+
+    Args:
+        model: in memory, float32 with the values that its files hold, in eval mode.
+        checkpoint: the cut model's files.
+        names: parameter for each tensor.
+        about: what the healing says about itself.
+    """
+
+    model: Any
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    about: Mapping[str, Any]
+
+    def write(self, folder: Path, max_shard_bytes: int, progress: Progress = NULL_PROGRESS) -> int:
+        """Writes the weight files into a folder without any; returns how many tensors changed."""
+        from prunekit.heal._weights import write_changed
+
+        return write_changed(self.checkpoint, self.model, self.names, folder, max_shard_bytes, progress)
+
+
+def check(asked: Heal, decoder: bool) -> None:
+    """Everything that would end a healing later and can be known before any model is loaded.
+
+    Args:
+        asked: the recipe's `heal`.
+        decoder: whether the model writes text; else it is a text encoder.
+    Raises:
+        UsageError: if the method does not fit the model, or a text is missing or empty.
+        HealError: if peft is needed and missing.
+    """
+    from prunekit.calibrate.texts import load_text
+    from prunekit.heal._data import TEACHER
+    from prunekit.heal._lora import require_peft
+
+    HEALS.get(asked.method)(**asked.knobs).check(decoder)
+    if asked.train == "lora":
+        require_peft()
+    for text in asked.data:
+        if text.data == TEACHER and not decoder:
+            raise UsageError("`data: teacher` needs a teacher that writes text", why="this one is an encoder")
+        for name in (text.data, text.prompts):
+            if name not in (None, TEACHER):
+                load_text(str(name))
+
+
+def heal(scene: Scene, work: Path) -> Healed:
+    """Trains the cut model.
+
+    Args:
+        scene: what is healed, by what, how.
+        work: folder for checkpoints. A killed run goes on from there; it is the caller's to delete.
+    Raises:
+        HealError: where training cannot go on.
+        UsageError: where the data or the method does not fit the model.
+    """
+    from prunekit.heal import _lora
+    from prunekit.heal._checkpoints import open_work, sealed
+    from prunekit.heal._data import gather
+    from prunekit.heal._loop import train
+    from prunekit.heal._weights import names_of, round_as_stored
+    from prunekit.modeling.load import load_model
+    from prunekit.modeling.quiet import quiet
+
+    asked = scene.asked
+    checkpoint = Checkpoint.open(scene.student)
+    model = load_model(scene.student, "float32", place(scene.device), scene.trust_remote_code)
+    names = names_of(model, checkpoint)
+    data = gather(scene)
+    method = HEALS.get(asked.method)(**asked.knobs)
+    objective = method.objective(scene, data.inputs)
+    settings = {**asked.model_dump(mode="json"), **asdict(method)}
+    minutes = settings.pop("minutes", None)
+    teacher = scene.teacher_digest if "teacher" in method.needs else None
+    digests = {"cut_digest": scene.student_digest, "teacher_digest": teacher, "data_digest": data.digest}
+    if is_first_rank():
+        open_work(work, {**settings, **digests})
+    try:
+        with quiet():
+            trained = _lora.adapted(model, asked) if asked.train == "lora" else model
+            told = train(trained, objective, data, scene, work)
+    except BaseException:
+        if is_first_rank() and not sealed(work):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    if told.get("held_out_after", 0.0) > told.get("held_out_before", 0.0):
+        scene.talk("the held-out loss is worse than before training: a lower `heal.lr` or more steps may help")
+    model = _lora.merged(trained) if asked.train == "lora" else model
+    round_as_stored(model, checkpoint, names)
+    length = next(iter(data.inputs.values())).shape[1]
+    about = {
+        **settings,
+        "minutes": minutes,
+        **told,
+        "tokens": told["steps_done"] * asked.batch * length,
+        "trained_sequences": len(data.train),
+        "held_out_sequences": len(data.held_out),
+        "sequences_of": list(data.shares),
+    }
+    return Healed(model.eval(), checkpoint, names, about)

@@ -1,0 +1,164 @@
+"""What healing is given: the cut model, the dense one, and how their blocks belong together."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prunekit.checkpoint.cache import cache_folder
+from prunekit.core.errors import HealError, UsageError
+from prunekit.core.files import sha256_file
+from prunekit.core.progress import NULL_PROGRESS, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunekit.core.recipe_model import Heal
+    from prunekit.plan.layout import Pair
+
+Talk = Callable[[str], None]
+# Tokens that the teacher reads at once where nothing is trained.
+TOKENS_AT_ONCE = 4096
+
+
+def _silent(text: str) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One healing.
+
+    Args:
+        asked: the recipe's `heal`.
+        student: folder of the cut model.
+        teacher: folder of the dense model; None where there is none.
+        load_teacher: gives the dense model in eval mode, on the device that is trained on.
+        tokenizer: of both.
+        decoder: whether the model writes text; else it is a text encoder.
+        device: `cpu`, `cuda` or `mps`.
+        matches: dense block whose output each block of the cut model should give; None where nobody knows.
+        trust_remote_code: whether code in the student's folder may run.
+        made_from: what the cut model was made from, where that can be told from its plan; else its files tell it apart
+            from others. A repair on a GPU need not give the same bits twice.
+        cache: folder for what the teacher says; the usual one by default.
+        progress: bars.
+        talk: told in a line what happens now.
+    """
+
+    asked: Heal
+    student: Path
+    teacher: Path | None
+    load_teacher: Callable[[], Any]
+    tokenizer: Any
+    decoder: bool
+    device: str
+    matches: tuple[int, ...] | None = None
+    trust_remote_code: bool = False
+    made_from: str | None = None
+    cache: Path | None = None
+    progress: Progress = NULL_PROGRESS
+    talk: Talk = _silent
+
+    @cached_property
+    def student_digest(self) -> str:
+        """Of what the cut model was made from, or of its files."""
+        if self.made_from is not None:
+            return hashlib.sha256(self.made_from.encode()).hexdigest()
+        return _digest(self.student)
+
+    @cached_property
+    def teacher_digest(self) -> str:
+        """Of weights and configuration.
+
+        Raises:
+            UsageError: without a teacher.
+        """
+        if self.teacher is None:
+            raise UsageError("healing needs the dense model here", hint="give --teacher MODEL")
+        return _digest(self.teacher)
+
+    @property
+    def no_cache(self) -> dict[str, bool]:
+        """What keeps a model from filling a KV cache; encoders have none."""
+        return {"use_cache": False} if self.decoder else {}
+
+    def cached(self, kind: str, key: str) -> Path:
+        """Where something that the teacher said lies, by its digest."""
+        return cache_folder(self.cache) / "heal" / f"{kind}-{key[:24]}"
+
+
+def ranks() -> int:
+    """Processes that train together, as torchrun or accelerate started them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes; of several the first does."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def place(device: str) -> str:
+    """The device of this process, of a kind: `cuda` is `cuda:1` for the second process of a host."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+
+
+class Objective(Protocol):
+    """What is made small. `hidden_states`: whether the model must give them.
+
+    Called with the student's outputs, its inputs by name, and the numbers of the rows in the data, int64 [B].
+    """
+
+    hidden_states: bool
+
+    def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+        """The loss, a mean over tokens."""
+
+
+def matches(pairs: Sequence[Pair], dense_blocks: int) -> tuple[int, ...]:
+    """For each block of a cut model the dense block whose output it should give.
+
+    That is the last one before the next block that stayed, so that what was removed between them is made up for.
+    Pairs (0, 0) (1, 1) (5, 5) of 8 blocks give 0, 4, 7.
+
+    Args:
+        pairs: source blocks of attention and FFN for each block, as in a layout.
+        dense_blocks: how many the dense model has.
+    """
+    first = [min((i for i in pair if i is not None), default=number) for number, pair in enumerate(pairs)]
+    return (*(later - 1 for later in first[1:]), dense_blocks - 1)
+
+
+def require_same_vocabulary(student: Mapping[str, Any], teacher: Mapping[str, Any], ours: Any, theirs: Any) -> None:
+    """Fails where tokens mean different things to the two models.
+
+    Args:
+        student: configuration of the cut model.
+        teacher: of the dense one.
+        ours: tokenizer of the cut model, None where it has none.
+        theirs: of the dense one.
+    Raises:
+        HealError: if sizes or tokens differ.
+    """
+    sizes = [config.get("vocab_size") for config in (student, teacher)]
+    why = f"it has {sizes[1]} tokens, the cut model {sizes[0]}" if sizes[0] != sizes[1] else ""
+    if not why and ours is not None and theirs is not None:
+        a, b = ours.get_vocab(), theirs.get_vocab()
+        odd = next((token for token in sorted(a.keys() | b.keys()) if a.get(token) != b.get(token)), None)
+        why = "" if odd is None else f"`{odd}` is {b.get(odd)} there and {a.get(odd)} here"
+    if why:
+        raise HealError(
+            "the teacher has another vocabulary than the cut model",
+            why=why,
+            hint="give the model that was cut as the teacher",
+        )
+
+
+def _digest(folder: Path) -> str:
+    names = ["config.json", *sorted(file.name for file in folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(sha256_file(folder / name) for name in names).encode()).hexdigest()
