@@ -312,7 +312,12 @@ def test_a_repair_that_cannot_be_is_refused_before_any_search(
 def test_interrupted_run_leaves_nothing_and_the_next_one_works(small: Small, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        json.dumps({**recipe(small("llama"), BLOCK).effective(), "evaluate": {"latency": {"repeats": 500}}})
+        json.dumps(
+            {
+                **recipe(small("llama"), BLOCK).effective(),
+                "evaluate": {"latency": {"prompt_tokens": 64, "repeats": 500}},
+            }
+        )
     )
     command = [sys.executable, "-m", "prunekit.cli.main", "prune", "--recipe", str(file), "-o", str(tmp_path / "o")]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
