@@ -190,7 +190,7 @@ def require_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", CUTS)
 def test_cut_equals_mask(dense: tuple[str, ModelView], kind: str, seed: int, tmp_path: Path) -> None:
     family, view = dense

@@ -144,6 +144,7 @@ def test_image_model_is_probed(tmp_path: Path) -> None:
     assert found == {"dev.knn": 1.0, "dev.linear": 1.0}
 
 
+@pytest.mark.slow
 def test_compare_says_where_models_part(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

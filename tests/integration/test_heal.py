@@ -49,6 +49,7 @@ def cut(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_recipe_heals_after_cut_and_repair_and_verifies_what_was_healed(small: Small, tmp_path: Path) -> None:
     said: list[str] = []
     asked = recipe(

@@ -85,9 +85,7 @@ def test_run_writes_a_whole_folder_and_leaves_the_source_alone(small: Small, tmp
     assert load_recipe(tmp_path / "o" / "recipe.yaml").effective() == asked.effective()
 
 
-@pytest.mark.parametrize(
-    ("candidates", "layout"), [("sublayers", "heterogeneous"), ("pairs", "repacked"), ("blocks", "stock")]
-)
+@pytest.mark.parametrize(("candidates", "layout"), [("sublayers", "heterogeneous"), ("pairs", "repacked")])
 def test_search_ends_in_the_layout_its_candidates_promise(
     small: Small, tmp_path: Path, candidates: str, layout: str
 ) -> None:
