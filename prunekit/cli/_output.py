@@ -78,6 +78,10 @@ class Output:
 
 
 def _print(renderable: RenderableType) -> None:
+    if isinstance(renderable, str):
+        # YAML and the like, in which a line broken to fit the screen means something else.
+        sys.stdout.write(renderable.rstrip("\n") + "\n")
+        return
     screen = console(sys.stdout)
     if screen.is_terminal:
         screen.print(renderable)
