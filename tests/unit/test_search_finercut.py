@@ -100,7 +100,7 @@ def units(order: Any) -> list[tuple[str, ...]]:
     return [step.units for step in order.steps]
 
 
-# Random models on which no step is a near tie; on others skipping may err, as the class says.
+# Random models on which skipping finds the plain order; on others it may err, as the class says.
 @pytest.mark.parametrize("seed", [0, 2, 3])
 @pytest.mark.parametrize("kind", CANDIDATES)
 def test_skipping_candidates_changes_no_order(kind: str, seed: int) -> None:
