@@ -25,7 +25,7 @@ from prunekit.pipeline.healing import (
 )
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
-from prunekit.pipeline.mend import as_stored, mended, put_into, repair_inputs
+from prunekit.pipeline.repair import as_stored, put_into, repair_inputs, with_repair
 from prunekit.plan.loads import loads
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def run(
     check_evaluation(made.view, recipe)
     if recipe.repair is not None:
         talk(f"repairing by {recipe.repair.method}")
-        made = mended(recipe, made, progress)
+        made = with_repair(recipe, made, progress)
         clock.lap("repair")
     with atomic_folder(output, overwrite) as folder:
         result = _finish(recipe, made, output, folder, progress, talk, clock)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
 
 
-def mended(recipe: Recipe, made: Made, progress: Progress = NULL_PROGRESS) -> Made:
+def with_repair(recipe: Recipe, made: Made, progress: Progress = NULL_PROGRESS) -> Made:
     """The same with repaired tensors, where the recipe asks for them.
 
     Args:
