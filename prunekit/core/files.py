@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from prunekit.core.errors import UsageError
+from prunekit.core.progress import NULL_PROGRESS, Progress
 
 _CHUNK = 1 << 20
 # What a folder must hold for `overwrite` to delete it: someone's home folder given by mistake holds none of these.
@@ -25,6 +26,22 @@ def sha256_file(path: Path) -> str:
         while chunk := opened.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_files(
+    folder: Path, names: Sequence[str], task_name: str = "digesting", progress: Progress = NULL_PROGRESS
+) -> dict[str, str]:
+    """SHA-256 of files of a folder by their names, in the order given.
+
+    Args:
+        task_name: what the progress is called; it is shown as files.
+    """
+    found = {}
+    with progress.task(task_name, total=len(names), unit="files") as task:
+        for name in names:
+            found[name] = sha256_file(folder / name)
+            task.advance(1)
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prunekit.checkpoint.digest import model_digest
 from prunekit.checkpoint.sources import resolve
 from prunekit.core.errors import UsageError
-from prunekit.core.files import sha256_file
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.modeling.load import load_model, load_tokenizer
+from prunekit.modeling.pooling import masked_mean
 from prunekit.modeling.quiet import quiet
 
 if TYPE_CHECKING:
@@ -45,13 +45,8 @@ class Encoder:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over configuration, tokenizer, preprocessing and weights."""
-        digest = hashlib.sha256()
-        names = ("config.json", "tokenizer.json", "preprocessor_config.json")
-        for file in sorted([*self.folder.glob("*.safetensors"), *(self.folder / name for name in names)]):
-            if file.is_file():
-                digest.update(f"{file.name}\0{sha256_file(file)}\0".encode())
-        return digest.hexdigest()
+        """SHA-256 over everything in the folder that can change a number."""
+        return model_digest(self.folder)
 
     @cached_property
     def model(self) -> Any:
@@ -167,10 +162,7 @@ def encoder(
 
 def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of hidden states [n, length, d] over positions of the mask, or the first position without one: [n, d]."""
-    if mask is None:
-        return hidden[:, 0]
-    weight = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+    return hidden[:, 0] if mask is None else masked_mean(hidden, mask)
 
 
 def causal_losses(model: Any, inputs: Mapping[str, Tensor]) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from prunekit.core.errors import EvaluationError
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.modeling.pooling import masked_mean
 
 # Ends of the model types, stock and heterogeneous, whose positions are patches only.
 _WITHOUT_CLS = ("siglip_vision_model", "videomae")
@@ -99,10 +100,7 @@ def pooled_vectors(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """
     hidden = model.base_model(**_on(model, batch)).last_hidden_state.double().cpu()
     mask = batch.get("attention_mask")
-    if mask is None:
-        return hidden.mean(dim=1)
-    weight = mask.cpu().double().unsqueeze(-1)
-    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+    return hidden.mean(dim=1) if mask is None else masked_mean(hidden, mask.cpu())
 
 
 def _answer(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint.cache import cache_folder
+from prunekit.checkpoint.digest import model_digest
 from prunekit.core.errors import EvaluationError
-from prunekit.core.files import sha256_file, write_json
+from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.evaluate.figures import Figure
 from prunekit.evaluate.specs import Asked
 from prunekit.evaluate.subject import Subject
 from prunekit.evaluate.task import digest
-
-# What can change a number: weights, configuration, tokenizer, code. Reports and pictures cannot.
-_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".onnx", ".data")
-_REPORTS = ("prunekit.json", "README.md", "recipe.yaml")
 
 
 @dataclass(frozen=True)
@@ -112,21 +109,6 @@ class Results:
         if asked.task.machine_bound:
             key["machine"] = machine()
         return self.folder / f"{asked.name}-{digest(key)[:32]}.json"
-
-
-def model_digest(folder: Path, progress: Progress = NULL_PROGRESS) -> str:
-    """SHA-256 over the content of every file of a model that can change a number, hexadecimal."""
-    names = sorted(
-        file.name
-        for file in folder.iterdir()
-        if file.is_file() and file.suffix in _SUFFIXES and file.name not in _REPORTS
-    )
-    with progress.task("digesting the model", total=len(names), unit="files") as task:
-        found = {}
-        for name in names:
-            found[name] = sha256_file(folder / name)
-            task.advance(1)
-    return digest(found)
 
 
 def machine() -> dict[str, Any]:

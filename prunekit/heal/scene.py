@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prunekit.checkpoint.cache import cache_folder
+from prunekit.checkpoint.digest import model_digest
 from prunekit.core.errors import HealError, UsageError
-from prunekit.core.files import sha256_file
 from prunekit.core.progress import NULL_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -70,18 +70,18 @@ class Scene:
         """Of what the cut model was made from, or of its files."""
         if self.made_from is not None:
             return hashlib.sha256(self.made_from.encode()).hexdigest()
-        return _digest(self.student)
+        return model_digest(self.student)
 
     @cached_property
     def teacher_digest(self) -> str:
-        """Of weights and configuration.
+        """Of everything in the teacher's folder that can change a number.
 
         Raises:
             UsageError: without a teacher.
         """
         if self.teacher is None:
             raise UsageError("healing needs the dense model here", hint="give --teacher MODEL")
-        return _digest(self.teacher)
+        return model_digest(self.teacher)
 
     @property
     def no_cache(self) -> dict[str, bool]:
@@ -157,8 +157,3 @@ def require_same_vocabulary(student: Mapping[str, Any], teacher: Mapping[str, An
             why=why,
             hint="give the model that was cut as the teacher",
         )
-
-
-def _digest(folder: Path) -> str:
-    names = ["config.json", *sorted(file.name for file in folder.glob("*.safetensors"))]
-    return hashlib.sha256("".join(sha256_file(folder / name) for name in names).encode()).hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import ExportError
-from prunekit.core.files import atomic_folder, require_free_folder, sha256_file, write_json, write_text
+from prunekit.core.files import atomic_folder, require_free_folder, sha256_files, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.healing import (
@@ -295,12 +295,7 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
 def _digests(view: ModelView, progress: Progress) -> dict[str, str]:
     """SHA-256 of the source's configuration and weight files, by name."""
     names = ["config.json", *sorted({info.file for info in view.checkpoint.tensors.values()})]
-    with progress.task("digesting the source", total=len(names), unit="files") as task:
-        found = {}
-        for name in names:
-            found[name] = sha256_file(view.checkpoint.folder / name)
-            task.advance(1)
-    return found
+    return sha256_files(view.checkpoint.folder, names, "digesting the source", progress)
 
 
 def _notes(recipe: Recipe) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -76,3 +76,22 @@ def begins_with(text: str, answer: str) -> bool:
 def accuracy(values: Sequence[float]) -> Mapping[str, Figure]:
     """The figure that most generative tasks give."""
     return {"acc": Figure.of("mean", values, better="higher")}
+
+
+class Exact:
+    """What tasks share whose questions have one answer: a task adds options, and draws questions in `load`."""
+
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+    backends: ClassVar[tuple[str, ...]] = ("torch",)
+    limits: ClassVar[str] = "limit"
+    machine_bound: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+    figures: ClassVar[tuple[str, ...]] = ("acc",)
+
+    def prepare(self, data: list[tuple[str, str]], subject: Subject) -> Any:
+        """Prompts as tokens, answers, and how many tokens are written."""
+        return prepared([Question(*entry) for entry in data], subject)
+
+    def run(self, prepared: Any, subject: Subject, progress: Progress) -> Mapping[str, Figure]:
+        """Share of questions answered exactly."""
+        return accuracy(correct(prepared, subject, progress))
