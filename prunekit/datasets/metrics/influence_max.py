@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+
+from prunekit.datasets.metrics._subsets import Influence, influence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class InfluenceMax:
+class InfluenceMax(Influence):
     """Largest |influence| of an example on another one over random subsets; influence as below.
 
     Influence on z is the chance to be right on z when the example was trained on, less the chance when it was not,
@@ -26,32 +28,6 @@ class InfluenceMax:
         epochs: passes over the subset.
     """
 
-    models: Annotated[int, Field(ge=2, strict=True)] = 40
-    subset: Annotated[float, Field(gt=0, lt=1)] = 0.7
-    epochs: Annotated[int, Field(ge=1, strict=True)] = 10
-
-    kinds: ClassVar[tuple[str, ...]] = ("examples",)
-    needs: ClassVar[tuple[str, ...]] = ("labels", "training")
-    paper: ClassVar[str] = (
-        "What Neural Networks Memorize and Why: Discovering the Long Tail via Influence Estimation, "
-        "https://arxiv.org/abs/2008.03703"
-    )
-    evidence: ClassVar[str] = (
-        "inferred: the released scores give the names; the formula is |Pr[h(z) right | x in S] - Pr[h(z) right | "
-        "x not in S]| as in Feldman and Zhang"
-    )
-    deviations: ClassVar[str] = (
-        "the test points are the data set's other examples in the models that did not train on them, not a test "
-        "set; tens of models instead of thousands; by default a head on embeddings of a pretrained model is "
-        "trained, not a network from scratch (--train model trains the whole small model)"
-    )
-    status: ClassVar[str] = "preview"
-    example: ClassVar[dict[str, Any]] = {"models": 2, "epochs": 1}
-
     def score(self, data: Examples) -> np.ndarray:
         """Largest absolute influence, float32 [n], higher = keep."""
-        from prunekit.datasets.metrics._subsets import influence, stacked
-        from prunekit.datasets.training import Run
-
-        outcomes = data.train(Run(epochs=self.epochs, subset=self.subset), self.models)
-        return influence(*stacked(outcomes), "max")
+        return influence(*self.trained(data), "max")
