@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prunekit.core.recipe_model import Heal
+from prunekit.core.recipe_heal import Heal
 from prunekit.heal.scene import Scene, matches
 from prunekit.modeling.load import load_model
 from prunekit.plan.plan import Plan

@@ -13,21 +13,21 @@ from typing import Any
 
 from prunekit.core.errors import RecipeError, UsageError
 from prunekit.core.recipe_check import combination_problems
+from prunekit.core.recipe_evaluate import EXPECTATIONS as EXPECTATIONS
+from prunekit.core.recipe_evaluate import Embedding as Embedding
+from prunekit.core.recipe_evaluate import Evaluate as Evaluate
+from prunekit.core.recipe_evaluate import Expect as Expect
+from prunekit.core.recipe_evaluate import Latency as Latency
+from prunekit.core.recipe_evaluate import Perplexity as Perplexity
+from prunekit.core.recipe_evaluate import Sample as Sample
 from prunekit.core.recipe_fields import field_problems
 from prunekit.core.recipe_files import recipe_path
-from prunekit.core.recipe_model import EXPECTATIONS as EXPECTATIONS
 from prunekit.core.recipe_model import Budget as Budget
 from prunekit.core.recipe_model import Calibrate as Calibrate
-from prunekit.core.recipe_model import Embedding as Embedding
-from prunekit.core.recipe_model import Evaluate as Evaluate
-from prunekit.core.recipe_model import Expect as Expect
 from prunekit.core.recipe_model import Export as Export
-from prunekit.core.recipe_model import Latency as Latency
 from prunekit.core.recipe_model import Method as Method
 from prunekit.core.recipe_model import Model as Model
-from prunekit.core.recipe_model import Perplexity as Perplexity
 from prunekit.core.recipe_model import Recipe as Recipe
-from prunekit.core.recipe_model import Sample as Sample
 from prunekit.core.recipe_model import Select as Select
 from prunekit.core.recipe_model import Step as Step
 from prunekit.core.recipe_problems import InvalidRecipeError as InvalidRecipeError

@@ -8,8 +8,10 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from prunekit.core.errors import PrunekitError
+from prunekit.core.recipe_evaluate import EXPECTATIONS
 from prunekit.core.recipe_fields import knob_problems
-from prunekit.core.recipe_model import ALTERNATING, EXPECTATIONS, REGISTRIES, WIDTH_KINDS, Heal, Kind, Repair
+from prunekit.core.recipe_heal import Heal
+from prunekit.core.recipe_model import ALTERNATING, REGISTRIES, WIDTH_KINDS, Kind, Repair
 from prunekit.core.recipe_problems import Problem, near
 from prunekit.core.registry import HEALS, METRICS, REPAIRS, Registry
 from prunekit.core.task_options import label_of, make_task, split_limit, task_problems

@@ -6,12 +6,9 @@ What one field cannot know (two keys that exclude each other, a method and its k
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     StrictBool,
     StrictFloat,
@@ -22,6 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from prunekit.core.recipe_base import Part, gathered
+from prunekit.core.recipe_evaluate import Evaluate, Expect
+from prunekit.core.recipe_heal import Heal
 from prunekit.core.registry import HEALS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
 Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts"]
@@ -43,15 +43,7 @@ ALTERNATING = ("pairs", "blocks")
 REGISTRIES: dict[str, Registry] = {"score": SCORES, "search": SEARCHES}
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _named_text(data: Any) -> Any:
-    return {"data": data} if isinstance(data, str) else data
-
-
-class Model(_Part):
+class Model(Part):
     """The model that is pruned."""
 
     source: StrictStr = Field(
@@ -68,7 +60,7 @@ class Model(_Part):
     )
 
 
-class Select(_Part):
+class Select(Part):
     """Which sequences of the data are calibrated on; `sequences` of them stay, and more are read."""
 
     metric: StrictStr = Field(
@@ -80,7 +72,7 @@ class Select(_Part):
     )
 
 
-class Calibrate(_Part):
+class Calibrate(Part):
     """Text that methods run the model on before the cut."""
 
     data: StrictStr = Field(
@@ -96,7 +88,7 @@ class Calibrate(_Part):
     )
 
 
-class Method(_Part):
+class Method(Part):
     """The method that chooses, by registry name, with its knobs beside the name."""
 
     score: StrictStr | None = Field(default=None, description="Method that scores units; the lowest go.")
@@ -108,10 +100,7 @@ class Method(_Part):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        named = {key: data[key] for key in ("score", "search") if key in data}
-        return {**named, "knobs": {key: value for key, value in data.items() if key not in named}}
+        return gathered(data, ("score", "search"))
 
     @model_serializer
     def _flatten(self) -> dict[str, Any]:
@@ -128,7 +117,7 @@ class Method(_Part):
         return self.search or self.score or ""
 
 
-class Repair(_Part):
+class Repair(Part):
     """What makes up for the cut in closed form, by registry name, with its knobs beside the name."""
 
     method: StrictStr = Field(description="Method that fits new weights once all steps are planned.")
@@ -140,97 +129,14 @@ class Repair(_Part):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        named = {key: data[key] for key in ("method", "calibrate") if key in data}
-        return {**named, "knobs": {key: value for key, value in data.items() if key not in named}}
+        return gathered(data, ("method", "calibrate"))
 
     @model_serializer
     def _flatten(self) -> dict[str, Any]:
         return {"method": self.method, **self.knobs, "calibrate": self.calibrate.model_dump()}
 
 
-class HealText(_Part):
-    """One of the texts that healing mixes; a bare text names the data."""
-
-    data: StrictStr = Field(
-        min_length=1, description="As for `calibrate.data`; `teacher` is text that the dense model writes."
-    )
-    weight: StrictFloat = Field(default=1.0, gt=0, description="Share of the sequences, beside the others' weights.")
-    prompts: StrictStr | None = Field(
-        default=None,
-        min_length=1,
-        description="With `teacher`: text that its sequences begin with; null begins with the BOS token.",
-    )
-    prompt_tokens: StrictInt = Field(default=16, ge=1, description="With `prompts`: tokens that are given.")
-    _short = model_validator(mode="before")(_named_text)
-
-
-class Heal(_Part):
-    """Training after the cut, by registry name, with the method's knobs beside the name."""
-
-    method: StrictStr = Field(description="What is trained for.")
-    data: tuple[HealText, ...] = Field(
-        default=(HealText(data="wikitext2"),),
-        min_length=1,
-        description="A text as for `calibrate.data`, `teacher` for text that the dense model writes, or a list.",
-    )
-    sequences: StrictInt | None = Field(
-        default=None, ge=2, description="Sequences in all; null takes what the texts hold, at most one pass over them."
-    )
-    length_tokens: StrictInt = Field(default=256, ge=2, description="Tokens in each sequence.")
-    held_out: StrictFloat = Field(
-        default=0.05, ge=0, lt=1, description="Fraction of the sequences that is watched, not trained on."
-    )
-    steps: StrictInt = Field(default=200, ge=1, description="Optimizer steps at most; the schedule spans them.")
-    minutes: StrictFloat | None = Field(
-        default=None, gt=0, description="Training stops after so long, whatever is left of the steps."
-    )
-    batch: StrictInt = Field(default=8, ge=1, description="Sequences in a step, over all devices.")
-    accumulate: StrictInt = Field(default=1, ge=1, description="Passes that a step's sequences are split into.")
-    lr: StrictFloat = Field(default=1e-4, gt=0, description="Peak of the learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate falls after the warm-up."
-    )
-    warm_up: StrictFloat = Field(default=0.05, ge=0, lt=1, description="Fraction of the steps it rises in.")
-    weight_decay: StrictFloat = Field(default=0.0, ge=0, description="Of AdamW.")
-    max_grad_norm: StrictFloat = Field(default=1.0, gt=0, description="Longer gradients are shortened to this.")
-    train: Literal["all", "lora"] = Field(
-        default="all", description="All weights, or adapters of low rank that are merged into them at the end."
-    )
-    lora_rank: StrictInt = Field(default=16, ge=1, description="Rank of the adapters.")
-    lora_alpha: StrictFloat = Field(default=32.0, gt=0, description="The adapters' scale is this over their rank.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Type to compute in; weights and optimizer are float32 either way."
-    )
-    check_every: StrictInt = Field(
-        default=50, ge=1, description="Steps between checkpoints; each measures the loss on the held-out part."
-    )
-    patience: StrictInt | None = Field(
-        default=None, ge=1, description="Checks without a better held-out loss after which training stops."
-    )
-    seed: StrictInt = Field(default=0, ge=0, description="Of the order of data, of adapters and of sampled text.")
-    knobs: dict[str, Any] = Field(default_factory=dict, description="Knobs of the method.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        named = {key: value for key, value in data.items() if key in cls.model_fields and key != "knobs"}
-        if isinstance(named.get("data"), str | Mapping):
-            named["data"] = [named["data"]]
-        return {**named, "knobs": {key: value for key, value in data.items() if key not in named}}
-
-    @model_serializer
-    def _flatten(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in type(self).model_fields if name not in ("data", "knobs")}
-        texts = [text.model_dump(exclude_none=True) for text in self.data]
-        known = {key: value for key, value in plain.items() if value is not None}
-        return {"method": self.method, **self.knobs, "data": texts, **known}
-
-
-class Budget(_Part):
+class Budget(Part):
     """How much goes."""
 
     remove: StrictFloat | None = Field(
@@ -265,7 +171,7 @@ class Budget(_Part):
     )
 
 
-class Step(_Part):
+class Step(Part):
     """One removal."""
 
     remove: Kind = Field(description="Kind of unit that goes.")
@@ -282,80 +188,7 @@ class Step(_Part):
         return {**data, "budget": {**budget, "within": within}}
 
 
-class Perplexity(_Part):
-    """Perplexity of the model before and after; a bare text names the data."""
-
-    data: StrictStr = Field(default="wikitext2_eval", min_length=1, description="As for `calibrate.data`.")
-    sequences: StrictInt = Field(default=20, ge=1, description="How many sequences.")
-    length_tokens: StrictInt = Field(default=512, ge=2, description="Tokens in each sequence; the first is not scored.")
-    stride_tokens: StrictInt | None = Field(
-        default=None, ge=1, description="By how much a window lies behind the one before; null lets them not overlap."
-    )
-    _short = model_validator(mode="before")(_named_text)
-
-
-class Embedding(_Part):
-    """Cosine between the sentence embeddings of both models; a bare text names the data."""
-
-    data: StrictStr = Field(default="wikitext2_eval", min_length=1, description="As for `calibrate.data`.")
-    sequences: StrictInt = Field(default=64, ge=1, description="How many sentences.")
-    length_tokens: StrictInt = Field(default=128, ge=2, description="Longest sentence, in tokens; longer ones are cut.")
-    _short = model_validator(mode="before")(_named_text)
-
-
-class Latency(_Part):
-    """Tokens a second while reading the prompt and while writing."""
-
-    batch: StrictInt = Field(default=1, ge=1, description="Sequences at once.")
-    prompt_tokens: StrictInt = Field(default=128, ge=1, description="Tokens read.")
-    new_tokens: StrictInt = Field(default=32, ge=1, description="Tokens written.")
-    repeats: StrictInt = Field(default=3, ge=1, description="Measurements; the median counts.")
-
-
-class Sample(_Part):
-    """A greedy continuation by both models."""
-
-    prompt: StrictStr = Field(min_length=1, description="Text to continue.")
-    new_tokens: StrictInt = Field(default=40, ge=1, description="Tokens written.")
-
-
-class Measurement(_Part):
-    """A task by name, its options beside the name."""
-
-    task: StrictStr = Field(description="Name of the task.")
-    name: StrictStr | None = Field(
-        default=None, min_length=1, description="What its figures go by; null takes the stem of its data, or the task."
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the task.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {"task": data}
-        if not isinstance(data, Mapping):
-            return data
-        named = {key: data[key] for key in ("task", "name") if key in data}
-        return {**named, "options": {key: value for key, value in data.items() if key not in named}}
-
-    @model_serializer
-    def _flatten(self) -> dict[str, Any]:
-        return {"task": self.task, **({"name": self.name} if self.name else {}), **self.options}
-
-
-class Evaluate(_Part):
-    """What is measured before and after; what is not named is not measured."""
-
-    perplexity: Perplexity | None = Field(default=None, description="For models that write text.")
-    embedding: Embedding | None = Field(default=None, description="For encoders.")
-    latency: Latency | None = Field(default=None, description="Speed.")
-    sample: Sample | None = Field(default=None, description="A continuation to read.")
-    tasks: tuple[Measurement, ...] | None = Field(
-        default=None, description="Tasks of `prunekit evaluate`, each a name or `{task: NAME, ...}` with its options."
-    )
-
-
-class Export(_Part):
+class Export(Part):
     """What is written."""
 
     formats: tuple[Literal["safetensors", "onnx"], ...] = Field(
@@ -367,88 +200,7 @@ class Export(_Part):
     max_shard_bytes: StrictInt = Field(default=5_000_000_000, ge=1, description="Largest weight file.")
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """How one `expect` key is judged.
-
-    Args:
-        measure: name of the measured value.
-        sense: `max`: at most the limit; `min`: at least; `is`: equal.
-        needs: key of the recipe without which nothing measures it, as a path; empty if it is always known.
-    """
-
-    measure: str
-    sense: Literal["max", "min", "is"]
-    needs: str = ""
-
-
-EXPECTATIONS: dict[str, Expectation] = {
-    "params_max": Expectation("params", "max"),
-    "block_params_max": Expectation("block_params", "max"),
-    "file_bytes_max": Expectation("file_bytes", "max"),
-    "flops_per_token_max": Expectation("flops_per_token", "max"),
-    "kv_bytes_per_token_max": Expectation("kv_bytes_per_token", "max"),
-    "perplexity_max": Expectation("perplexity", "max", "evaluate.perplexity"),
-    "embedding_cosine_min": Expectation("embedding_cosine", "min", "evaluate.embedding"),
-    "prefill_tokens_s_min": Expectation("prefill_tokens_s", "min", "evaluate.latency"),
-    "decode_tokens_s_min": Expectation("decode_tokens_s", "min", "evaluate.latency"),
-    "onnx_max_abs_diff": Expectation("onnx_max_abs_diff", "max", "export.formats"),
-    "onnx_bytes_max": Expectation("onnx_bytes", "max", "export.formats"),
-    "loads_stock": Expectation("loads_stock", "is"),
-}
-
-
-class Expect(_Part):
-    """Limits that the result must keep; exit code 3 where it misses one."""
-
-    params_max: StrictFloat | None = Field(default=None, gt=0, description="Parameters.")
-    block_params_max: StrictFloat | None = Field(default=None, gt=0, description="Parameters inside blocks.")
-    file_bytes_max: StrictFloat | None = Field(default=None, gt=0, description="Bytes of the weight files.")
-    flops_per_token_max: StrictFloat | None = Field(default=None, gt=0, description="FLOPs a token.")
-    kv_bytes_per_token_max: StrictFloat | None = Field(default=None, ge=0, description="Bytes of KV cache a token.")
-    perplexity_max: StrictFloat | None = Field(default=None, gt=0, description="Needs `evaluate.perplexity`.")
-    embedding_cosine_min: StrictFloat | None = Field(
-        default=None, ge=-1, le=1, description="Mean cosine; needs `evaluate.embedding`."
-    )
-    prefill_tokens_s_min: StrictFloat | None = Field(default=None, gt=0, description="Needs `evaluate.latency`.")
-    decode_tokens_s_min: StrictFloat | None = Field(default=None, gt=0, description="Needs `evaluate.latency`.")
-    onnx_max_abs_diff: StrictFloat | None = Field(
-        default=None, gt=0, description="Largest difference between ONNX Runtime and torch; needs the format `onnx`."
-    )
-    onnx_bytes_max: StrictFloat | None = Field(default=None, gt=0, description="Bytes of the ONNX files; needs `onnx`.")
-    loads_stock: Literal[True] | None = Field(default=None, description="The stock class loads the result.")
-    figures: dict[str, StrictFloat] | None = Field(
-        default=None, description="Limits of `evaluate.tasks`: `arc_easy.acc_min: 0.4` or `lambada.perplexity_max: 30`."
-    )
-
-    def judge(self, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """One entry a limit: `name`, `limit`, `value` (None where nothing measured it: missed) and `ok`.
-
-        Args:
-            measured: values of the result by the names in `EXPECTATIONS`, and under `figures` those of tasks by
-                `label.figure`.
-        """
-        entries = []
-        for name, rule in EXPECTATIONS.items():
-            limit, value = getattr(self, name), measured.get(rule.measure)
-            if limit is None:
-                continue
-            if value is None:
-                ok = False
-            elif rule.sense == "is":
-                ok = value is limit
-            else:
-                ok = bool(value <= limit if rule.sense == "max" else value >= limit)
-            entries.append({"name": name, "limit": limit, "value": value, "ok": ok})
-        for name, limit in (self.figures or {}).items():
-            figure, _, sense = name.rpartition("_")
-            value = measured.get("figures", {}).get(figure)
-            ok = value is not None and bool(value <= limit if sense == "max" else value >= limit)
-            entries.append({"name": name, "limit": limit, "value": value, "ok": ok})
-        return entries
-
-
-class Recipe(_Part):
+class Recipe(Part):
     """A whole pruning run as data."""
 
     schema_: Literal[1] = Field(alias="schema", description="Version of this format.")

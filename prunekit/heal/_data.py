@@ -17,7 +17,7 @@ from prunekit.heal._sample import sampled
 from prunekit.heal.scene import Scene
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_model import HealText
+    from prunekit.core.recipe_heal import HealText
 
 TEACHER = "teacher"
 

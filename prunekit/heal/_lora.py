@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import HealError
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_model import Heal
+    from prunekit.core.recipe_heal import Heal
 
 
 def require_peft() -> None:

@@ -15,7 +15,7 @@ from prunekit.core.registry import HEALS
 from prunekit.heal.scene import Scene, is_first_rank, place
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_model import Heal
+    from prunekit.core.recipe_heal import Heal
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prunekit.core.recipe_model import Heal
+    from prunekit.core.recipe_heal import Heal
     from prunekit.plan.layout import Pair
 
 Talk = Callable[[str], None]

@@ -17,7 +17,8 @@ from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
 from prunekit.pipeline.measure import subject_of
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_model import Heal, Recipe
+    from prunekit.core.recipe_heal import Heal
+    from prunekit.core.recipe_model import Recipe
     from prunekit.export.verify import Reference
     from prunekit.plan.layout import Pair
     from prunekit.structure.view import ModelView

@@ -14,7 +14,8 @@ from prunekit.modeling.load import load_tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prunekit.core.recipe_model import Calibrate, Embedding, Recipe, Select
+    from prunekit.core.recipe_evaluate import Embedding
+    from prunekit.core.recipe_model import Calibrate, Recipe, Select
     from prunekit.structure.view import ModelView
 
 Reads = Literal["text", "sentences", "images"]

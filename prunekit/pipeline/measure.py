@@ -11,7 +11,8 @@ from prunekit.modeling.load import load_model
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, reads
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_model import Embedding, Recipe
+    from prunekit.core.recipe_evaluate import Embedding
+    from prunekit.core.recipe_model import Recipe
     from prunekit.evaluate.results import Measured
     from prunekit.evaluate.specs import Asked
     from prunekit.evaluate.subject import Subject

@@ -185,7 +185,7 @@ def test_adapters_are_merged_into_what_they_computed() -> None:
     pytest.importorskip("peft")
     for family in ("llama", "gpt2"):
         model, inputs = tiny_model(family, dtype=torch.float32), tiny_inputs(family)
-        from prunekit.core.recipe_model import Heal
+        from prunekit.core.recipe_heal import Heal
 
         names = set(model.state_dict())
         adapted = _lora.adapted(model, Heal(method="distill", lora_rank=3))
