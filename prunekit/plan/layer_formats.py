@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import PlanError
 from prunekit.plan.cost import kept_widths
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import SKIPS
+from prunekit.structure.shape import SKIPS
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView, SubLayer

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import StructureError
-from prunekit.structure.architecture import PREFIX, Architecture, Layout, Norm, Pattern, architecture, dim_size
+from prunekit.structure.architecture import PREFIX, Architecture, Layout, Norm, architecture, dim_size
+from prunekit.structure.shape import SUBLAYER_KINDS, Shape, SublayerKind, text_config
 
-SublayerKind = Literal["attention", "ffn"]
-SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 # Width kinds: the sub-layer they narrow, and the axis that is cut.
 WIDTHS: dict[str, tuple[SublayerKind, str]] = {
     "query_heads": ("attention", "rep"),
@@ -22,8 +21,6 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
     "neurons": ("ffn", "ffn"),
     "experts": ("ffn", "experts"),
 }
-# What a configuration of a heterogeneous folder calls a removed sub-layer.
-SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
 _PARTS = {"part": 3, "half": 2}
 
 
@@ -138,7 +135,7 @@ class ModelView:
         checkpoint = Checkpoint.open(folder)
         model_type = str(checkpoint.config.get("model_type", ""))
         arch = architecture(model_type)
-        shape = _Shape(checkpoint.config, arch)
+        shape = Shape(checkpoint.config, arch)
         owned: dict[tuple[int, str], list[TensorRef]] = {}
         outer = []
         for name in checkpoint.tensors:
@@ -307,83 +304,7 @@ class ModelView:
         return next(ref for ref in sublayer.tensors if (place := self.arch.split(ref.name)) and place[1] == wanted)
 
 
-def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
-    """The part of a configuration that describes the blocks.
-
-    Raises:
-        StructureError: if it is something else.
-    """
-    found = config.get(arch.section, config)
-    if not isinstance(found, Mapping):
-        raise StructureError(f"`{arch.section}` must be a mapping", why=f"it is {found!r}", at="config.json")
-    return {**arch.defaults.get(str(found.get("model_type")), {}), **found}
-
-
-class _Shape:
-    """Numbers that a configuration gives: depth, widths, and what differs in a heterogeneous folder."""
-
-    def __init__(self, config: Mapping[str, Any], arch: Architecture) -> None:
-        self._config, self._arch = text_config(config, arch), arch
-        self.blocks = self._number("blocks")
-        self.hidden = self._number("hidden")
-        self.heads = self._number("heads")
-        self.kv_heads = self._number("kv_heads", self.heads)
-        self.head_width = self._number("head_width", self.hidden // self.heads)
-        self.ffn = self._number("ffn", self._number("ffn_multiple", 4) * self.hidden)
-        self.dense_ffn = self._number("dense_ffn", self.ffn)
-        self.experts = self._number("experts") if "experts" in arch.keys else 0
-        self.dense = arch.dense_blocks(self._config, self.blocks) if self.experts else frozenset(range(self.blocks))
-        section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
-        try:
-            layers = (section or {}).get("per_layer_config") or {}
-            self._layers: dict[int, Mapping[str, Any]] = {int(key): value for key, value in layers.items()}
-            self.skips = {i: set(layer.get("skip", ())) for i, layer in self._layers.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise StructureError("`prunekit.per_layer_config` is damaged", at="config.json") from error
-
-    def _number(self, role: str, default: int | None = None) -> int:
-        key = self._arch.key(role, self._config)
-        value = self._config.get(key)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise StructureError(f"`{key}` must be a whole number above 0", why=f"it is {value!r}", at="config.json")
-        return value
-
-    def usual(self) -> dict[str, dict[str, int]]:
-        experts = {"experts": self.experts} if self.experts else {}
-        return {
-            "attention": {"kv": self.kv_heads, "rep": self.heads // self.kv_heads, "hd": self.head_width},
-            "ffn": {"ffn": self.ffn, **experts},
-            "dense_ffn": {"ffn": self.dense_ffn},
-        }
-
-    def tensors(self, block: int, kind: SublayerKind) -> Mapping[str, Pattern]:
-        sparse = kind != "ffn" or not self.experts or block not in self.dense
-        return self._arch.sublayers[kind if sparse else "dense_ffn"]
-
-    def present(self, block: int, kind: SublayerKind) -> bool:
-        return SKIPS[kind] not in self.skips.get(block, ())
-
-    def widths(self, block: int, kind: SublayerKind) -> dict[str, int]:
-        layer = self._layers.get(block, {})
-        if kind == "ffn" and self.experts and block not in self.dense:
-            ffn, experts = layer.get("intermediate_size", self.ffn), layer.get("num_local_experts", self.experts)
-            return {"ffn": ffn, "experts": experts}
-        if kind == "ffn":
-            return {"ffn": layer.get("intermediate_size", self.dense_ffn)}
-        heads, groups = layer.get("num_attention_heads", self.heads), layer.get("num_key_value_heads", self.kv_heads)
-        if heads % groups:
-            why = f"{heads} query heads in {groups} KV groups"
-            raise StructureError(f"the heads of block {block} do not divide", why=why, at="config.json")
-        numbers = layer.get("kept_heads", range(groups))
-        if len(numbers) != groups or not set(numbers) <= set(range(self.kv_heads)):
-            why = f"`kept_heads` are {numbers}, of {self.kv_heads} heads {groups} stay"
-            raise StructureError(f"the heads of block {block} are not known", why=why, at="config.json")
-        return {"kv": groups, "rep": heads // groups, "hd": self.head_width}
-
-
-def _outer(checkpoint: Checkpoint, arch: Architecture, shape: _Shape, name: str) -> TensorRef:
+def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str) -> TensorRef:
     pattern, info = arch.find_outer(name), checkpoint.tensors[name]
     if pattern is None:
         raise StructureError(
@@ -403,7 +324,7 @@ def _outer(checkpoint: Checkpoint, arch: Architecture, shape: _Shape, name: str)
 
 
 def _inner(
-    checkpoint: Checkpoint, arch: Architecture, shape: _Shape, name: str, block: int, rest: str
+    checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, block: int, rest: str
 ) -> tuple[SublayerKind, TensorRef]:
     info = checkpoint.tensors[name]
     general, expert = arch.expert_of(rest)
@@ -434,7 +355,7 @@ def _wrong_shape(name: str, shape: tuple[int, ...], expected: str) -> StructureE
 
 
 def _sublayer(
-    arch: Architecture, shape: _Shape, block: int, kind: SublayerKind, tensors: list[TensorRef]
+    arch: Architecture, shape: Shape, block: int, kind: SublayerKind, tensors: list[TensorRef]
 ) -> SubLayer | None:
     if not shape.present(block, kind):
         return None

@@ -10,7 +10,8 @@ from prunekit.plan.cost import kept_widths
 from prunekit.plan.layer_fields import follow, refusal
 from prunekit.plan.layout import Layout
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import SKIPS, SUBLAYER_KINDS, ModelView, SubLayer
+from prunekit.structure.shape import SKIPS, SUBLAYER_KINDS
+from prunekit.structure.view import ModelView, SubLayer
 
 _CLASS_PREFIX = "Prunekit"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,12 @@ from prunekit.plan.layout import choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
 from prunekit.surgery.config import cut_config
-from tests.tiny import FAMILIES, write_tiny
+from tests.tiny import FAMILIES
 
 BLOCK_0 = ("blocks.0.attention", "blocks.0.ffn")
 STAGGERED = ("blocks.1.ffn", "blocks.2.attention")
 F, S = "full_attention", "sliding_attention"
 Open = Callable[..., ModelView]
-
-
-@pytest.fixture
-def opened(tmp_path: Path) -> Open:
-    """`opened(family, changes, without)`: a tiny model whose config.json was changed by hand."""
-
-    def write(family: str, changes: dict[str, Any] | None = None, without: tuple[str, ...] = ()) -> ModelView:
-        folder = write_tiny(family, tmp_path / "dense")
-        config = json.loads((folder / "config.json").read_text()) | (changes or {})
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in without}))
-        return ModelView.open(folder)
-
-    return write
 
 
 def cut(view: ModelView, drop: tuple[str, ...]) -> dict[str, Any]:

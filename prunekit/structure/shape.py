@@ -1,0 +1,105 @@
+"""What a configuration says of a model's shape: depth, widths, and what differs from block to block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from prunekit.core.errors import StructureError
+from prunekit.structure.architecture import PREFIX, Architecture, Pattern
+
+SublayerKind = Literal["attention", "ffn"]
+SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
+# What a configuration of a heterogeneous folder calls a removed sub-layer.
+SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
+
+
+def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+    """The part of a configuration that describes the blocks.
+
+    Raises:
+        StructureError: if it is something else.
+    """
+    found = config.get(arch.section, config)
+    if not isinstance(found, Mapping):
+        raise StructureError(f"`{arch.section}` must be a mapping", why=f"it is {found!r}", at="config.json")
+    return {**arch.defaults.get(str(found.get("model_type")), {}), **found}
+
+
+class Shape:
+    """Numbers that a configuration gives: depth, widths, and what differs in a heterogeneous folder.
+
+    Args:
+        config: the whole configuration.
+        arch: its architecture.
+    Raises:
+        StructureError: where a number is missing, or is none.
+    """
+
+    def __init__(self, config: Mapping[str, Any], arch: Architecture) -> None:
+        self._config, self._arch = text_config(config, arch), arch
+        self.blocks = self._number("blocks")
+        self.hidden = self._number("hidden")
+        self.heads = self._number("heads")
+        self.kv_heads = self._number("kv_heads", self.heads)
+        self.head_width = self._number("head_width", self.hidden // self.heads)
+        self.ffn = self._number("ffn", self._number("ffn_multiple", 4) * self.hidden)
+        self.dense_ffn = self._number("dense_ffn", self.ffn)
+        self.experts = self._number("experts") if "experts" in arch.keys else 0
+        self.dense = arch.dense_blocks(self._config, self.blocks) if self.experts else frozenset(range(self.blocks))
+        section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
+        try:
+            layers = (section or {}).get("per_layer_config") or {}
+            self._layers: dict[int, Mapping[str, Any]] = {int(key): value for key, value in layers.items()}
+            self.skips = {i: set(layer.get("skip", ())) for i, layer in self._layers.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise StructureError("`prunekit.per_layer_config` is damaged", at="config.json") from error
+
+    def _number(self, role: str, default: int | None = None) -> int:
+        key = self._arch.key(role, self._config)
+        value = self._config.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise StructureError(f"`{key}` must be a whole number above 0", why=f"it is {value!r}", at="config.json")
+        return value
+
+    def usual(self) -> dict[str, dict[str, int]]:
+        """Widths of `attention`, `ffn` and `dense_ffn` where a block says nothing else, by axis."""
+        experts = {"experts": self.experts} if self.experts else {}
+        return {
+            "attention": {"kv": self.kv_heads, "rep": self.heads // self.kv_heads, "hd": self.head_width},
+            "ffn": {"ffn": self.ffn, **experts},
+            "dense_ffn": {"ffn": self.dense_ffn},
+        }
+
+    def tensors(self, block: int, kind: SublayerKind) -> Mapping[str, Pattern]:
+        """Tensors that a sub-layer of a block has, by the name after the block's number."""
+        sparse = kind != "ffn" or not self.experts or block not in self.dense
+        return self._arch.sublayers[kind if sparse else "dense_ffn"]
+
+    def present(self, block: int, kind: SublayerKind) -> bool:
+        """Whether a block has a sub-layer."""
+        return SKIPS[kind] not in self.skips.get(block, ())
+
+    def widths(self, block: int, kind: SublayerKind) -> dict[str, int]:
+        """Widths of a sub-layer of a block by axis.
+
+        Raises:
+            StructureError: where its heads do not divide, or are not known.
+        """
+        layer = self._layers.get(block, {})
+        if kind == "ffn" and self.experts and block not in self.dense:
+            ffn, experts = layer.get("intermediate_size", self.ffn), layer.get("num_local_experts", self.experts)
+            return {"ffn": ffn, "experts": experts}
+        if kind == "ffn":
+            return {"ffn": layer.get("intermediate_size", self.dense_ffn)}
+        heads, groups = layer.get("num_attention_heads", self.heads), layer.get("num_key_value_heads", self.kv_heads)
+        if heads % groups:
+            why = f"{heads} query heads in {groups} KV groups"
+            raise StructureError(f"the heads of block {block} do not divide", why=why, at="config.json")
+        numbers = layer.get("kept_heads", range(groups))
+        if len(numbers) != groups or not set(numbers) <= set(range(self.kv_heads)):
+            why = f"`kept_heads` are {numbers}, of {self.kv_heads} heads {groups} stay"
+            raise StructureError(f"the heads of block {block} are not known", why=why, at="config.json")
+        return {"kv": groups, "rep": heads // groups, "hd": self.head_width}
