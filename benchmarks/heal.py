@@ -3,6 +3,7 @@
     python benchmarks/heal.py --minutes 3 --out benchmarks/results/heal.jsonl
     python benchmarks/heal.py --train lora --lr 5e-4 --data wikitext2
     python benchmarks/heal.py --data teacher@wikitext2=14 wikitext2 --task multiple_choice:arc_easy --task copying
+    python benchmarks/heal.py --out benchmarks/results/heal.jsonl --table
 
 One search serves all rows: its order is replayed. Each row is a run of the pipeline, so what is measured was written,
 loaded in fresh processes and checked. Calibration, repair and healing see text that evaluation does not.
@@ -117,6 +118,29 @@ def facts(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def table(file: Path) -> str:
+    """Markdown: a line a figure; of each row that was run what it wrote, and before them the model before the cut."""
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    columns: dict[str, dict[str, float]] = {"before": _figures(found[0], 0)}
+    for row in found:
+        cut, after = _figures(row, 1), _figures(row, 2)
+        name = f"{row['remove']:.0%}, {row['row']}"
+        if row["heal"] and row["row"] == "repaired, healed":
+            columns[f"{row['remove']:.0%}, repaired"] = cut
+        columns[name] = after
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in columns["before"]:
+        cells = [f"{column[name]:.3g}" if name in column else "" for column in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _figures(row: dict[str, Any], side: int) -> dict[str, float]:
+    """What was measured before (0), after the cut and the repair (1) or at the end (2)."""
+    perplexity = row["perplexity"][side]
+    return {} if perplexity is None else {"perplexity": perplexity, **(row["figures"][side] or {})}
+
+
 def git(*words: str) -> str | None:
     """What git says; None where the code is no checkout."""
     here = Path(__file__).parent
@@ -149,7 +173,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
     parser.add_argument("--rows", default="cut;repaired;healed;repaired, healed", help="which rows, semicolon between")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
+    parser.add_argument("--table", action="store_true", help="print what `--out` holds instead")
     given = parser.parse_args()
+    if given.table:
+        print(table(given.out))
+        return
     about = facts(given)
     for row in rows(given):
         line = json.dumps({**about, **row})
