@@ -75,13 +75,11 @@ def unit_cost(view: ModelView, address: str, of: str) -> float:
     if kind:
         sublayer = view.sublayer(owner)
         axis = WIDTHS[kind][1]
-        return _sublayer_cost(view, sublayer, of) - _sublayer_cost(
-            view, sublayer, of, {axis: sublayer.widths[axis] - 1}
-        )
+        return sublayer_cost(view, sublayer, of) - sublayer_cost(view, sublayer, of, {axis: sublayer.widths[axis] - 1})
     parts = [s for s in view.sublayers if s.address == address or s.address.rpartition(".")[0] == address]
     if not parts:
         raise PlanError(f"the model has no `{address}`")
-    return float(sum(_sublayer_cost(view, sublayer, of) for sublayer in parts))
+    return float(sum(sublayer_cost(view, sublayer, of) for sublayer in parts))
 
 
 def _owner(address: str) -> tuple[str, str]:
@@ -90,7 +88,8 @@ def _owner(address: str) -> tuple[str, str]:
     return (".".join(parts[:-2]), parts[-2]) if len(parts) >= 3 and parts[-2] in WIDTHS else (address, "")
 
 
-def _sublayer_cost(view: ModelView, sublayer: SubLayer, of: str, changed: Mapping[str, int] | None = None) -> float:
+def sublayer_cost(view: ModelView, sublayer: SubLayer, of: str, changed: Mapping[str, int] | None = None) -> float:
+    """What a sub-layer costs when some of its axes have other sizes; `of` as for `unit_cost`."""
     widths = {**sublayer.widths, **(changed or {})}
     if of == "params":
         return sum(count for _, count in _counts(view, sublayer, widths))
