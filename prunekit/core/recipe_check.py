@@ -19,7 +19,7 @@ from prunekit.core.task_options import label_of, make_task, split_limit, task_pr
 from prunekit.core.yaml_lines import KeyPath
 
 KINDS = get_args(Kind)
-_NO_KV = ("ffn", "neurons", "query_heads", "experts")
+_NO_KV = ("ffn", "neurons", "query_heads", "experts", "hidden")
 
 
 def combination_problems(data: Mapping[str, Any]) -> list[Problem]:

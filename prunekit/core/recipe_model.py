@@ -25,8 +25,8 @@ from prunekit.core.recipe_heal import Heal
 from prunekit.core.recipe_learn import Learn
 from prunekit.core.registry import GATES, HEALS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
-Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts"]
-WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts")
+Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts", "hidden"]
+WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts", "hidden")
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 # Where a result can be asked to load; `plan/loads.py` says what each takes.
 Target = Literal[

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from prunekit.gates._select import Chooser, Chosen
     from prunekit.structure.view import ModelView
 
-# As in the published code: guards against division, and how steep the soft count of kept units is.
-_TINY, _STEEP = 1e-8, 10.0
+# As in the published code, a guard against division.
+_TINY = 1e-8
 _SPREAD = 0.01
 
 
@@ -93,9 +93,9 @@ class Gates(nn.Module):
         """
         return 0.5 * (weights * torch.log1p(self.mu.square() / (self.log_variance.exp() + _TINY))).sum()
 
-    def removed(self) -> Tensor:
-        """Cost that goes, each unit counting as left by sigmoid(-10 log alpha), float64."""
-        kept = torch.sigmoid(-_STEEP * self.log_alpha()).cpu().double()
+    def removed(self, steepness: float) -> Tensor:
+        """Cost that goes, each unit counting as left by sigmoid(-steepness log alpha), float64."""
+        kept = torch.sigmoid(-steepness * self.log_alpha()).cpu().double()
         return self._costs.before - self._costs.left(kept)
 
     def attach(self, model: Any, view: ModelView) -> None:

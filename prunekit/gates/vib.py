@@ -23,9 +23,9 @@ class Vib:
 
     Each factor is drawn from N(mu, sigma^2) for every token. The loss is the task's, plus `kl` times the information
     that passes the gates, sum of 0.5 ln(1 + mu^2 / sigma^2), plus lambda1 (s - t) + lambda2 (s - t)^2, where s is the
-    fraction removed by soft counts sigmoid(10 log(mu^2 / sigma^2)), t rises to the budget, and both lambda are learned
-    by gradient ascent. A unit stays iff mu^2 > sigma^2; its mu is folded into the matrix that it leads to. Where that
-    rule misses the budget the threshold moves until it is met, and the result says where it lies and what the rule
+    fraction removed by soft counts sigmoid(steepness log(mu^2 / sigma^2)), t rises to the budget, and both lambda are
+    learned by gradient ascent. A unit stays iff mu^2 > sigma^2; its mu is folded into the matrix that it leads to. Where
+    that rule misses the budget the threshold moves until it is met, and the result says where it lies and what the rule
     alone would remove. The held-out loss is that of the model that would be cut now, so the checkpoint with the
     lowest is the best cut.
 
@@ -41,6 +41,7 @@ class Vib:
         gate_lr: peak learning rate of mu and log sigma^2.
         multiplier_lr: of both lambda.
         target_warm_up: fraction of the steps in which the target rises to the budget.
+        steepness: of the soft counts at the last step; it rises from 1 at the first.
         start: initial log sigma^2; nearer to 0 needs fewer steps until units compete.
     """
 
@@ -51,6 +52,7 @@ class Vib:
     gate_lr: float = Field(default=0.05, gt=0)
     multiplier_lr: float = Field(default=0.1, gt=0)
     target_warm_up: float = Field(default=0.1, ge=0, le=1)
+    steepness: float = Field(default=10.0, ge=1)
     start: float = Field(default=-9.0, le=0)
 
     kinds: ClassVar[tuple[str, ...]] = ("neurons", "kv_groups", "query_heads", "sublayers", "attention", "ffn")
@@ -64,7 +66,8 @@ class Vib:
         "text: abstract for the fast and faster variants"
     )
     deviations: ClassVar[str] = (
-        "the threshold moves where the learned one misses the budget; distillation is the task by default; whole "
+        "soft counts begin flat and get steep, for short runs; the threshold moves where the learned one misses the "
+        "budget; distillation is the task by default; whole "
         "sub-layers have gates of their own, in post-norm models with mean 1; sub-layers weigh in the information like "
         "heads; the budget is of what the blocks held before any cut"
     )
@@ -157,7 +160,9 @@ class Loss:
         knobs, task = self.knobs, self.task
         rising = max(1.0, knobs.target_warm_up * task.asked.steps)
         target = min(1.0, (self.done + 1) / rising) * task.goal / task.whole
-        beyond = self.gates.removed() / task.whole - target
+        # From 1 on, geometrically: a steep count has no gradient at the units that are far from the threshold yet.
+        steepness = knobs.steepness ** min(1.0, self.done / max(1, task.asked.steps - 1))
+        beyond = self.gates.removed(steepness) / task.whole - target
         one, two = self.gates.multipliers.cpu().double()
         budget = (one * beyond + two * beyond.square()).to(self.gates.mu)
         return knobs.kl * self.gates.information(self.weights) + budget
