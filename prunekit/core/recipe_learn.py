@@ -9,7 +9,7 @@ from pydantic import Field, StrictFloat, StrictInt, StrictStr
 from prunekit.core.recipe_base import Part
 from prunekit.core.recipe_heal import Training
 
-Gated = Literal["query_heads", "kv_groups", "neurons", "sublayers", "attention", "ffn"]
+Gated = Literal["hidden", "query_heads", "kv_groups", "neurons", "sublayers", "attention", "ffn"]
 
 
 class LearnBudget(Part):
@@ -22,7 +22,9 @@ class LearnBudget(Part):
     within: Literal["group", "model"] = Field(
         default="model", description="`group`: widths stay alike in all blocks, by the mean of what was learned."
     )
-    multiple_of: StrictInt = Field(default=1, ge=1, description="Neurons that stay are multiples of this.")
+    multiple_of: StrictInt = Field(
+        default=1, ge=1, description="Neurons and hidden channels that stay are multiples of this."
+    )
     min_keep: StrictInt = Field(default=1, ge=1, description="Units that stay in each narrowed group at least.")
     protect: tuple[StrictStr, ...] = Field(
         default=(), description="Addresses that stay, with * and ? allowed, such as `blocks.0.*`."
@@ -37,5 +39,8 @@ class Learn(Training):
 
     section: ClassVar[str] = "learn"
 
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="constant", description="How the learning rate falls after the warm-up."
+    )
     remove: tuple[Gated, ...] = Field(min_length=1, description="Kinds of units that can go.")
     budget: LearnBudget = Field(description="How much goes, of what, and what stays.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,13 +11,15 @@ from torch import Tensor
 from prunekit.checkpoint.reader import torch_dtypes
 from prunekit.gates._places import channel_units
 from prunekit.plan.plan import Plan
-from prunekit.surgery.slices import cuts_of, take
+from prunekit.structure.view import HIDDEN
+from prunekit.surgery.hidden import scale, writes
+from prunekit.surgery.slices import cuts_of, hidden_of, take
 
 if TYPE_CHECKING:
     from prunekit.checkpoint.reader import Checkpoint
     from prunekit.gates._learn import Task
     from prunekit.gates._places import Place
-    from prunekit.structure.view import ModelView
+    from prunekit.structure.view import ModelView, SubLayer, TensorRef
 
 
 def plan_of(task: Task, keep: Tensor) -> Plan:
@@ -30,7 +33,7 @@ def plan_of(task: Task, keep: Tensor) -> Plan:
     for place in task.places:
         stays = keep[place.slice].nonzero().flatten().tolist()
         if place.axis:
-            kept[f"{place.address}.{place.kind}"] = stays
+            kept[HIDDEN if place.kind == HIDDEN else f"{place.address}.{place.kind}"] = stays
         elif not stays:
             drop.append(place.address)
     return Plan.make(task.view, drop, {a: k for a, k in kept.items() if a.rpartition(".")[0] not in drop})
@@ -51,47 +54,43 @@ def folded(
         every: whether weights were trained, so that every tensor may differ.
     """
     view, parameters = task.view, dict(model.named_parameters(remove_duplicate=False))
-    cuts = cuts_of(plan)
-    by_name: dict[str, list[tuple[Place, Tensor]]] = {}
-    for place in task.places:
-        for name in _folds_into(view, place):
-            by_name.setdefault(name, []).append((place, factors[place.slice]))
+    cuts, hidden = cuts_of(plan), hidden_of(plan)
+    owned = [(ref, s) for s in view.sublayers if s.address not in plan.drop for ref in s.tensors]
     found = {}
-    for sublayer in view.sublayers:
-        if sublayer.address in plan.drop:
+    for ref, sublayer in [*((ref, None) for ref in view.outer), *owned]:
+        spread = [part for place in task.places for part in _folds(view, place, factors[place.slice], ref, sublayer)]
+        if ref.name not in names or not (every or spread):
             continue
-        sizes = view.sizes(sublayer)
-        for ref in sublayer.tensors:
-            if ref.name not in names or not (every or ref.name in by_name):
-                continue
-            value = parameters[names[ref.name]].detach().cpu().float()
-            for place, factor in by_name.get(ref.name, ()):
-                value = value * _spread(view, place, factor, ref)
-            value = take(value, ref.layout, sizes, cuts.get(sublayer.address, {}))
-            found[ref.name] = value.to(torch_dtypes()[checkpoint.tensors[ref.name].dtype]).contiguous()
-    if every:
-        for ref in view.outer:
-            if ref.name in names:
-                value = parameters[names[ref.name]].detach()
-                found[ref.name] = value.to("cpu", torch_dtypes()[checkpoint.tensors[ref.name].dtype]).contiguous()
+        value = parameters[names[ref.name]].detach().cpu().float()
+        for part in spread:
+            value = value * part
+        keep = {**(cuts.get(sublayer.address, {}) if sublayer else {}), **hidden}
+        value = take(value, ref.layout, view.sizes(sublayer) if sublayer else {}, keep) * scale(
+            view, plan, ref, sublayer
+        )
+        found[ref.name] = value.to(torch_dtypes()[checkpoint.tensors[ref.name].dtype]).contiguous()
     return found
 
 
-def _folds_into(view: ModelView, place: Place) -> list[str]:
-    """Tensors that take a place's factors: the output projection, and its bias where a whole sub-layer has one."""
-    if not place.axis and view.norm == "post":
-        return []
-    sublayer = view.sublayer(place.address)
-    weight = view.output(sublayer).name
-    bias = weight.removesuffix("weight") + "bias"
-    return [weight, *(ref.name for ref in sublayer.tensors if ref.name == bias and not place.axis)]
+def _folds(
+    view: ModelView, place: Place, factor: Tensor, ref: TensorRef, sublayer: SubLayer | None
+) -> Iterator[Tensor]:
+    """What a place's factors multiply a tensor by, in a shape that broadcasts; nothing where they are none of its."""
+    if place.kind == HIDDEN:
+        yield from _hidden_folds(view, factor, ref, sublayer)
+    elif sublayer is not None and sublayer.address == place.address:
+        weight = view.output(sublayer)
+        if place.axis and ref.name == weight.name:
+            channels = factor[channel_units(weight, place.axis, view.sizes(sublayer))]
+            yield channels if weight.layout[0] == (HIDDEN,) else channels[:, None]
+        elif not place.axis and view.norm == "pre" and ref.name.rpartition(".")[0] == weight.name.rpartition(".")[0]:
+            yield factor
 
 
-def _spread(view: ModelView, place: Place, factor: Tensor, ref: Any) -> Tensor:
-    """A place's factors in the shape of a tensor, ready to multiply."""
-    if not place.axis:
-        return factor
-    sublayer = view.sublayer(place.address)
-    output = view.output(sublayer)
-    channels = factor[channel_units(output, place.axis, view.sizes(sublayer))]
-    return channels if output.layout[0] == ("hidden",) else channels[:, None]
+def _hidden_folds(view: ModelView, factor: Tensor, ref: TensorRef, sublayer: SubLayer | None) -> Iterator[Tensor]:
+    """Factors of the residual stream go into what writes it; a head that shares the embedding undoes them before."""
+    shape = [-1 if dim == (HIDDEN,) else 1 for dim in ref.layout]
+    if writes(view, ref, sublayer):
+        yield factor.view(shape)
+    elif sublayer is None and view.tied and view.norm == "pre" and re.fullmatch(view.hidden_rule().last, ref.name):
+        yield factor.where(factor == 0, 1 / factor).view(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from prunekit.core.errors import StructureError
 from prunekit.modeling.modeling_prunekit import blocks_of, output_projection
+from prunekit.structure.view import HIDDEN
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView, TensorRef
@@ -29,10 +31,11 @@ class Place:
 
     Args:
         kind: of unit; `sublayers` for a whole sub-layer, which is one unit.
-        address: of the sub-layer.
+        address: of the sub-layer; `hidden` for hidden channels, of which there is one group in a model.
         units: addresses of the units.
         begin: number of the first unit among the units of all places.
         axis: for widths the axis that a unit is one position of, else "".
+        multiple: what the number of units that stay must be a multiple of, whatever the budget says.
     """
 
     kind: str
@@ -40,6 +43,7 @@ class Place:
     units: tuple[str, ...]
     begin: int
     axis: str = ""
+    multiple: int = 1
 
     @property
     def slice(self) -> slice:
@@ -61,18 +65,30 @@ def places_of(view: ModelView, kinds: Sequence[str]) -> tuple[Place, ...]:
             if kind in WHOLE:
                 parts = [("sublayers", unit, (unit,), "") for unit in group.units]
             else:
-                parts = [(kind, group.address.rpartition(".")[0], group.units, group.axis)]
+                owner = group.address if kind == HIDDEN else group.address.rpartition(".")[0]
+                parts = [(kind, owner, group.units, group.axis)]
             for name, address, units, axis in parts:
-                if axis and (len(units) == 1 or group.output is None):
+                if axis and (len(units) == 1 or (group.output is None and kind != HIDDEN)):
                     continue
-                found.append(Place(name, address, units, begin, axis))
+                found.append(Place(name, address, units, begin, axis, _multiple(view, kind)))
                 begin += len(units)
     if not found:
         raise StructureError(f"`{view.model_type}` has nothing to learn of {', '.join(kinds)}")
-    if any(place.kind == "sublayers" for place in found) and view.norm == "pre" and view.arch.name not in _ADD:
+    if (
+        any(place.kind in ("sublayers", HIDDEN) for place in found)
+        and view.norm == "pre"
+        and view.arch.name not in _ADD
+    ):
         why = "a norm or a scale may stand between the last matrix of a sub-layer and the residual stream"
-        raise StructureError(f"whole sub-layers of `{view.model_type}` cannot be gated", why=why)
+        raise StructureError(f"whole sub-layers and hidden channels of `{view.model_type}` cannot be gated", why=why)
     return tuple(found)
+
+
+def _multiple(view: ModelView, kind: str) -> int:
+    """Hidden widths that a configuration can say are multiples of the number of heads."""
+    if kind != HIDDEN or "head_width" not in view.arch.keys:
+        return 1
+    return view.widths["attention"]["kv"] * view.widths["attention"]["rep"]
 
 
 def channel_units(ref: TensorRef, axis: str, sizes: dict[str, int]) -> Tensor:
@@ -86,7 +102,7 @@ def channel_units(ref: TensorRef, axis: str, sizes: dict[str, int]) -> Tensor:
     return positions.expand(shape).flatten()
 
 
-def attach(model: Any, view: ModelView, place: Place, factors: Factors) -> None:
+def attach(model: Any, view: ModelView, place: Place, factors: Factors, kept: Callable[[], Tensor]) -> None:
     """Puts a place's gate into a model's forward by hooks; they stay.
 
     Args:
@@ -94,9 +110,13 @@ def attach(model: Any, view: ModelView, place: Place, factors: Factors) -> None:
         view: the structure.
         place: one of `places_of`.
         factors: asked in every forward.
+        kept: the same; how much of each unit counts in a layer norm, 0 to 1 [units], no gradient.
     Raises:
         StructureError: for a post-norm sub-layer whose residual sum cannot be reached.
     """
+    if place.kind == HIDDEN:
+        _attach_hidden(model, view, factors, kept)
+        return
     _, number, kind = place.address.split(".")
     block = blocks_of(model)[int(number)]
     layer = output_projection(block, kind)
@@ -123,14 +143,58 @@ def _attach_width(layer: torch.nn.Module, factors: Factors, units: Tensor) -> No
 
 def _attach_post_norm(block: torch.nn.Module, layer: torch.nn.Module, factors: Factors, address: str) -> None:
     """Moves what leaves the norm towards what entered the sum: a factor of 0 leaves the identity, as the cut does."""
-    name = next(name for name, module in block.named_modules() if module is layer)
-    parent = block.get_submodule(name.rpartition(".")[0])
-    if list(inspect.signature(parent.forward).parameters)[:2] != ["hidden_states", "input_tensor"]:
-        why = "its residual sum is not in the module of its last matrix"
-        raise StructureError(f"`{address}` cannot be gated as a whole", why=why, hint="take its kind out of `remove`")
+    parent = _summing(block, layer, address)
 
     def gated(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], found: Tensor) -> Tensor:
         entered = kwargs["input_tensor"] if "input_tensor" in kwargs else args[1]
         return entered + factors(found) * (found - entered)
 
     parent.register_forward_hook(gated, with_kwargs=True)
+
+
+def _summing(block: torch.nn.Module, layer: torch.nn.Module, address: str) -> torch.nn.Module:
+    """The module of a post-norm sub-layer that holds its last matrix, residual sum and norm.
+
+    Raises:
+        StructureError: where there is none.
+    """
+    name = next(name for name, module in block.named_modules() if module is layer)
+    parent = block.get_submodule(name.rpartition(".")[0])
+    if list(inspect.signature(parent.forward).parameters)[:2] != ["hidden_states", "input_tensor"]:
+        why = "its residual sum is not in the module of its last matrix"
+        raise StructureError(f"`{address}` cannot be gated", why=why, hint="take its kind out of `remove`")
+    return parent
+
+
+def _attach_hidden(model: Any, view: ModelView, factors: Factors, kept: Callable[[], Tensor]) -> None:
+    """Multiplies what begins the residual stream and what is added to it; in post-norm models what norms leave of it.
+
+    Layer norms count a channel as much as it is kept, so that a channel that goes is in no mean and no variance.
+    """
+    blocks = blocks_of(model)
+
+    def begun(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (args[0] * factors(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * factors(kwargs["hidden_states"])}
+
+    blocks[0].register_forward_pre_hook(begun, with_kwargs=True)
+    for sublayer in view.sublayers:
+        block = blocks[sublayer.block]
+        layer = output_projection(block, sublayer.kind)
+        place = _summing(block, layer, sublayer.address) if view.norm == "post" else layer
+        place.register_forward_hook(lambda _, given, found: found * factors(found))
+    if view.hidden_rule().norm == "layer":
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm) and module.normalized_shape == (view.hidden,):
+                module.__dict__["forward"] = partial(_narrow_norm, module, kept)
+
+
+def _narrow_norm(norm: Any, kept: Callable[[], Tensor], given: Tensor) -> Tensor:
+    """A layer norm in which channels count in part; what does not count leaves as 0."""
+    share = kept().to(given)
+    total = share.sum()
+    mean = (given * share).sum(-1, keepdim=True) / total
+    variance = ((given - mean).square() * share).sum(-1, keepdim=True) / total
+    normal = (given - mean) * (variance + norm.eps).rsqrt()
+    return (normal * norm.weight + norm.bias) * share

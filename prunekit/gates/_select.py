@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prunekit.core.errors import PlanError
 from prunekit.plan.budget import protected
+from prunekit.structure.view import HIDDEN
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_learn import LearnBudget
@@ -119,7 +120,8 @@ class Chooser:
         if not place.axis:
             return count
         width, least = len(values), max(self._budget.min_keep, bisect_left(values, -1e300), 1)
-        multiple = self._budget.multiple_of if place.kind == "neurons" else 1
+        asked = self._budget.multiple_of if place.kind in ("neurons", HIDDEN) else 1
+        multiple = math.lcm(asked, place.multiple)
         nearest = (2 * count + multiple) // (2 * multiple) * multiple
         return min(width, max(nearest, -(-least // multiple) * multiple))
 
@@ -127,9 +129,7 @@ class Chooser:
         wide = {"dtype": torch.float64}
         narrowed = torch.tensor([n for place, n in zip(self._places, counts, strict=True) if place.axis], **wide)
         whole = [n for place, n in zip(self._places, counts, strict=True) if not place.axis]
-        return self._costs.before - float(
-            self._costs.of_counts(narrowed, torch.tensor(whole, **wide) if whole else None)
-        )
+        return self._costs.before - float(self._costs.of_counts(narrowed, torch.tensor(whole, **wide)))
 
     def _enough(self, removed: float) -> bool:
         return removed >= self._goal * (1 - _SLACK)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.gates._places import Place, attach
+from prunekit.structure.view import HIDDEN
 
 if TYPE_CHECKING:
     from prunekit.gates._costs import Costs
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # As in the published code, a guard against division.
 _TINY = 1e-8
+# How sharply a hidden channel leaves the layer norms as its noise passes its signal.
+_SHARP = 10.0
 _SPREAD = 0.01
 
 
@@ -73,6 +76,13 @@ class Gates(nn.Module):
         one = bool(self._one[place.begin])
         return (1 + noise * spread / (mu.abs() + _TINY) if one else mu + noise * spread).to(like.dtype)
 
+    def kept(self, place: Place) -> Tensor:
+        """How much of each of a place's units counts as kept, 0 to 1 [units], no gradient."""
+        here = place.slice
+        if self.chosen is not None:
+            return self.chosen.keep[here].to(self.mu)
+        return torch.sigmoid(-_SHARP * self.log_alpha()[here].detach())
+
     def fixed(self) -> Tensor:
         """Factor of every unit once the choice is made, float32, no gradient."""
         if self.chosen is None:
@@ -100,6 +110,7 @@ class Gates(nn.Module):
 
     def attach(self, model: Any, view: ModelView) -> None:
         """Puts every gate into a model's forward, and itself among the model's parts, so that checkpoints hold it."""
-        for place in self._places:
-            attach(model, view, place, partial(self.factors, place))
+        # A whole sub-layer's gate acts on what the gates of hidden channels leave.
+        for place in sorted(self._places, key=lambda place: place.kind != HIDDEN):
+            attach(model, view, place, partial(self.factors, place), partial(self.kept, place))
         model.add_module("prunekit_gates", self)

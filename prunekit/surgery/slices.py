@@ -116,7 +116,7 @@ def _selected(tensor: Tensor, place: int, positions: Sequence[int] | Tensor) -> 
 def _require_cuttable(keep: Keep) -> None:
     for axis in keep:
         if axis not in CUTTABLE:
-            why = "only KV groups, query heads, neurons, experts and hidden channels can go; other widths change what the rest computes"
+            why = "heads, KV groups, neurons, experts and hidden channels can go; other widths change what is left"
             raise SurgeryError(f"axis `{axis}` cannot be cut", why=why)
 
 

@@ -13,7 +13,7 @@ import torch
 from prunekit.core.errors import HealError, PlanError, StructureError
 from prunekit.core.recipe_learn import Learn
 from prunekit.gates._learn import Learned, Task, learn
-from prunekit.gates._places import channel_units
+from prunekit.gates._places import channel_units, places_of
 from prunekit.heal.scene import Scene
 from prunekit.plan.cost import cost, sublayer_cost
 from prunekit.structure.view import ModelView
@@ -21,7 +21,7 @@ from tests.gating import gated, task_of
 from tests.healing import SHORT, Bench, bench
 from tests.tiny import BLOCKS, FFN, write_tiny
 
-FAST_GATES = {"gate_lr": 0.3, "start": -3.0, "steps": 30, "check_every": 10}
+FAST_GATES = {"gate_lr": 0.3, "start": -3.0, "steps": 30, "check_every": 10, "schedule": "constant"}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_information_is_the_closed_form(view: ModelView, llama: Bench) -> None:
     expected = torch.distributions.kl_divergence(
         torch.distributions.Normal(mu, variance.sqrt()), torch.distributions.Normal(0.0, (variance + mu**2).sqrt())
     ).sum()
-    found = gates.information(torch.ones(len(mu)))
+    found = gates.information(torch.ones(len(mu))).detach()
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -154,8 +154,9 @@ def test_learned_cut_meets_the_budget_and_beats_the_first_choice(llama: Bench, v
 
 
 def test_soft_size_follows_the_target(llama: Bench, tmp_path: Path) -> None:
-    told = learned(llama, tmp_path / "w", **{**FAST_GATES, "steps": 80, "check_every": 40, "held_out": 0.0}).about
-    assert told["removed_by_rule"] == pytest.approx(0.3, abs=0.06)
+    asked = {"steps": 100, "check_every": 100, "held_out": 0.0, "gate_lr": 0.2, "start": -3.0}
+    told = learned(llama, tmp_path / "w", remove=["neurons"], budget={"remove": 0.2}, **asked).about
+    assert told["removed_by_rule"] == pytest.approx(0.2, abs=0.05)
 
 
 def test_trained_weights_all_come_along(llama: Bench, view: ModelView, tmp_path: Path) -> None:
@@ -196,4 +197,4 @@ def test_loss_that_is_no_number_stops(llama: Bench, tmp_path: Path) -> None:
 def test_sublayers_behind_a_norm_are_refused(tmp_path: Path) -> None:
     view = ModelView.open(write_tiny("gemma2", tmp_path / "dense"))
     with pytest.raises(StructureError, match="cannot be gated"):
-        task_of(view, ("sublayers",)).places
+        places_of(view, ("sublayers",))
