@@ -45,6 +45,7 @@ def json_schema() -> dict[str, Any]:
     for short in ("Perplexity", "Embedding", "HealText"):
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
+    schema["anyOf"] = [{"required": ["steps"]}, {"required": ["learn"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "prunekit recipe"}
 
 
@@ -75,6 +76,7 @@ def _method(role: str, name: str, knobs: dict[str, Any], shared: dict[str, Any] 
     """Schema of one method's mapping; `shared`: the keys that all methods of its section have."""
     entry = card(role, name)
     key, others = (role, {}) if shared is None else ("method", shared)
+    asked = [field for field in ("remove", "budget") if role == "gate"]
     meanings = {knob.name: knob.meaning for knob in entry.knobs}
     properties = {
         knob: {"description": meanings.get(knob, ""), **value} for knob, value in knobs.get("properties", {}).items()
@@ -84,6 +86,6 @@ def _method(role: str, name: str, knobs: dict[str, Any], shared: dict[str, Any] 
         "title": name,
         "description": f"{entry.summary} Kinds: {', '.join(entry.kinds)}." if entry.kinds else entry.summary,
         "properties": {key: {"const": name}, **others, **properties},
-        "required": [key, *knobs.get("required", [])],
+        "required": [key, *asked, *knobs.get("required", [])],
         "additionalProperties": False,
     }
