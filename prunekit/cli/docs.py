@@ -252,9 +252,9 @@ def index_page(cards: list[Card]) -> str:
         rows.append(_row(link, entry.role, entry.status, ", ".join(entry.kinds), needs, entry.summary))
     intro = (
         "For people who choose a method. A score gives every unit one number and the lowest go; a search runs the cut "
-        "model to decide what goes next; a gate learns masks by training; a repair fits new weights to what is left; healing trains it; a metric scores "
-        "training examples for `prunekit data`. `preview` becomes `stable` once a published or own number is "
-        "reproduced.\n"
+        "model to decide what goes next; a gate learns by training which units go, in a recipe's `learn`; a repair "
+        "fits new weights to what is left; healing trains it; a metric scores training examples for `prunekit data`. "
+        "`preview` becomes `stable` once a published or own number is reproduced.\n"
     )
     return "\n".join(["# Methods\n", _MADE, intro, *rows])
 

@@ -11,7 +11,6 @@ from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.registry import REPAIRS
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, tokenizer_for
-from prunekit.structure.view import HIDDEN
 from prunekit.surgery.slices import cuts_of, take
 
 if TYPE_CHECKING:
@@ -68,12 +67,6 @@ def repair_inputs(recipe: Recipe, view: ModelView) -> dict[str, Tensor]:
         raise PlanError(
             f"`repair: {recipe.repair.method}` does not go with `{view.model_type}`",
             why="a norm follows each sum, so what is missing is not a matter of the last matrix",
-            hint="leave `repair` out",
-        )
-    if any(step.remove == HIDDEN for step in recipe.steps):
-        raise PlanError(
-            f"`repair: {recipe.repair.method}` does not go with `remove: {HIDDEN}`",
-            why="it compares residual streams of one width",
             hint="leave `repair` out",
         )
     asked = recipe.repair.calibrate

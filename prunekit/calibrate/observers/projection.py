@@ -13,8 +13,8 @@ _MOMENTS = ("mean", "square", "size")
 class Projection:
     """Moments of every channel that enters an output projection, over all tokens that are not padding.
 
-    Keys: `projection/mean/<address>`, `projection/square/<address>` and, of absolute values, `projection/size/<address>`
-    for every sub-layer, float32 [width]; width is heads times head width for attention, neurons for an FFN.
+    Keys: `projection/mean/<address>`, `projection/square/<address>` and `projection/size/<address>`, the mean absolute
+    value, for every sub-layer, float32 [width]; width is heads times head width for attention, neurons for an FFN.
     """
 
     point: ClassVar[Literal["projection"]] = "projection"
