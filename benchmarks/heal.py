@@ -107,7 +107,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "perplexity": [side.get("perplexity") for side in (result.before, result.cut, result.after)],
                 "heal": dict(result.heal),
                 "learn": dict(result.made.learn),
-                "tasks": [side.get("tasks") for side in (result.before, result.cut, result.after)],
+                "figures": [side.get("figures") for side in (result.before, result.cut, result.after)],
                 "repair_error": result.made.repair.get("error"),
                 "verified": result.verified.ok,
                 "seconds": {key: round(value, 1) for key, value in result.seconds.items()},

@@ -183,25 +183,21 @@ def _section(data: Mapping[str, Any], key: str, registry: Registry, model: type[
     if name not in registry.names():
         names = registry.names()
         hint = near(name, names) or f"there are: {', '.join(names)}"
-        return [Problem(f"no {key} named `{name}`", (key, "method"), hint=hint)]
+        return [Problem(f"no {registry.role} named `{name}`", (key, "method"), hint=hint)]
     shared = [field for field in model.model_fields if field != "knobs"]
     knobs = {knob: value for knob, value in raw.items() if knob not in shared}
     return knob_problems(registry.get(name), knobs, (key,), shared)
 
 
 def _learn(data: Mapping[str, Any]) -> Iterator[Problem]:
-    """Kinds that a method does not learn, or that contradict each other."""
-    kinds, method = _inside(data, "learn", "remove"), _inside(data, "learn", "method")
+    """Kinds that contradict each other."""
+    kinds = _inside(data, "learn", "remove")
     kinds = [kind for kind in kinds if isinstance(kind, str)] if isinstance(kinds, list) else []
     for kind in sorted({kind for kind in kinds if kinds.count(kind) > 1}):
         yield Problem(f"`remove` names {kind} twice", ("learn", "remove"), hint="keep one of them")
     if "sublayers" in kinds and {"attention", "ffn"} & set(kinds):
         hint = "keep `sublayers`, or the kinds that can go"
         yield Problem("`sublayers` takes attention and FFN already", ("learn", "remove"), hint=hint)
-    if isinstance(method, str) and method in GATES.names():
-        known = GATES.get(method).kinds
-        for kind in [kind for kind in kinds if kind in KINDS and kind not in known]:
-            yield Problem(f"`{method}` cannot learn {kind}", ("learn", "remove"), why=f"it learns {', '.join(known)}")
 
 
 def _training(data: Mapping[str, Any], model: type[Training]) -> Iterator[Problem]:

@@ -299,7 +299,7 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
 def _hidden_rule(data: Mapping[str, Any] | None) -> HiddenRule | None:
     if data is None:
         return None
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    lists: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     return HiddenRule(**lists)
 
 
