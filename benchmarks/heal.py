@@ -1,12 +1,13 @@
-"""Perplexity before, after the cut, after the repair and after healing, as JSON lines.
+"""Figures before, after the cut, after the repair and after healing, as JSON lines.
 
     python benchmarks/heal.py --minutes 3 --out benchmarks/results/heal.jsonl
     python benchmarks/heal.py --train lora --lr 5e-4 --data wikitext2
     python benchmarks/heal.py --rows "repaired, healed;vib, repaired;vib, healed" --dtype bfloat16 --batch 32
+    python benchmarks/heal.py --data teacher@wikitext2=14 wikitext2 --task multiple_choice:arc_easy --task copying
 
 One search serves all rows of FinerCut: its order is replayed. Rows of `vib` learn masks for the same fraction of block
-parameters, each anew. Each row is a run of the pipeline, so what is measured was written,
-loaded in fresh processes and checked. Calibration, repair and healing see text that evaluation does not.
+parameters, each anew. Each row is a run of the pipeline, so what is measured was written, loaded in fresh processes and
+checked. Calibration, repair and healing see text that evaluation does not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _ROWS = "which rows, semicolon between: cut; repaired; healed; repaired, healed;
 
 def base(given: argparse.Namespace, by: dict[str, Any]) -> dict[str, Any]:
     """A recipe without repair and healing."""
+    from prunekit.evaluate.specs import parse_task
+
+    asked = [parse_task(text) for text in given.task]
+    tasks = [{"task": task.name, "name": task.label, **task.options()} for task in asked]
     return {
         "schema": 1,
         "model": {"source": given.source, "device": given.device},
@@ -32,9 +37,16 @@ def base(given: argparse.Namespace, by: dict[str, Any]) -> dict[str, Any]:
         "steps": [{"remove": "sublayers", "by": by, "budget": {"remove": given.remove, "of": "params"}}],
         "evaluate": {
             "perplexity": {"sequences": given.sequences, "length_tokens": given.length},
-            **({"tasks": json.loads(given.tasks.read_text())} if given.tasks else {}),
+            **({"tasks": tasks} if tasks else {}),
         },
     }
+
+
+def text(spec: str) -> dict[str, Any]:
+    """A text of the mixture: `NAME[=WEIGHT]`, or `teacher@PROMPTS[=WEIGHT]` where the teacher goes on from prompts."""
+    name, _, weight = spec.partition("=")
+    data, _, prompts = name.partition("@")
+    return {"data": data, **({"prompts": prompts} if prompts else {}), **({"weight": float(weight)} if weight else {})}
 
 
 def variants(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -42,7 +54,7 @@ def variants(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     repair = {"method": "least_squares", "calibrate": {"sequences": given.repair}}
     heal = {
         "method": given.method,
-        "data": [{"data": text} for text in given.data.split(",")],
+        "data": [text(spec) for spec in given.data],
         "sequences": given.texts,
         "length_tokens": given.train_length,
         "steps": given.steps,
@@ -64,8 +76,7 @@ def learned(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "method": "vib",
         "remove": given.vib_remove.split(","),
         "budget": {"remove": given.remove, "of": "params", "multiple_of": given.vib_multiple},
-        "data": [{"data": text} for text in given.data.split(",")],
-        "sequences": given.texts,
+        "data": [text(spec) for spec in given.data],
         "length_tokens": given.vib_length,
         "steps": given.vib_steps,
         "batch": given.vib_batch,
@@ -105,9 +116,9 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "params": [result.before["params"], result.after["params"]],
                 "block_params": [result.before["block_params"], result.after["block_params"]],
                 "perplexity": [side.get("perplexity") for side in (result.before, result.cut, result.after)],
+                "figures": [side.get("figures") for side in (result.before, result.cut, result.after)],
                 "heal": dict(result.heal),
                 "learn": dict(result.made.learn),
-                "figures": [side.get("figures") for side in (result.before, result.cut, result.after)],
                 "repair_error": result.made.repair.get("error"),
                 "verified": result.verified.ok,
                 "seconds": {key: round(value, 1) for key, value in result.seconds.items()},
@@ -150,7 +161,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=10, help="sequences of 256 tokens for the search")
     parser.add_argument("--repair", type=int, default=64, help="sequences of 256 tokens for the repair")
     parser.add_argument("--method", default="distill")
-    parser.add_argument("--data", default="teacher,wikitext2", help="texts with equal weight, comma between")
+    parser.add_argument("--data", nargs="+", default=["teacher", "wikitext2"], help="texts: NAME[@PROMPTS][=WEIGHT]")
     parser.add_argument("--texts", type=int, help="sequences in all [what the texts hold]")
     parser.add_argument("--train-length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=1000)
@@ -161,9 +172,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--check-every", type=int, default=100)
+    parser.add_argument("--task", action="append", default=[], help="also measured, as `prunekit evaluate` takes it")
     parser.add_argument("--sequences", type=int, default=20, help="evaluation windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
-    parser.add_argument("--tasks", type=Path, help="JSON list as a recipe's `evaluate.tasks`, measured in every row")
     parser.add_argument("--vib-remove", default="neurons,kv_groups,sublayers", help="kinds of units, comma between")
     parser.add_argument("--vib-variant", default="faster", choices=("full", "fast", "faster"))
     parser.add_argument("--vib-multiple", type=int, default=32, help="neurons that stay are multiples of this")
