@@ -16,6 +16,8 @@ from prunekit.heal.scene import Scene, place
 from prunekit.modeling.load import load_model
 from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
 from prunekit.plan.cost import sublayer_cost
+from prunekit.plan.layout import choose_layout
+from prunekit.plan.require import require_met
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +110,7 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         recipe: the recipe.
     Raises:
         UsageError: if the model, the device, a text or the repair does not do.
-        PlanError: if the budget cannot be met by all that can go.
+        PlanError: if the budget cannot be met by all that can go, or the result not be of the form asked for.
     """
     from prunekit.gates._learn import check
     from prunekit.pipeline.healing import check_training
@@ -125,7 +127,24 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
             hint="use `variant: faster`, or leave `repair` out",
         )
     if not recipe.steps:
-        task_of(recipe, view, view).check()
+        _rehearse(recipe, view)
+
+
+def _rehearse(recipe: Recipe, view: ModelView) -> None:
+    """Chooses by chance, which meets the budget and has the layout of what is learned.
+
+    Raises:
+        PlanError: if that is not possible.
+    """
+    import torch
+
+    from prunekit.gates._fold import plan_of
+
+    task = task_of(recipe, view, view)
+    noise = torch.rand(sum(len(each.units) for each in task.places), generator=torch.Generator().manual_seed(0))
+    plan = plan_of(task, task.chooser.choose(noise).keep)
+    require_met(recipe, view, plan)
+    choose_layout(view, plan, recipe.export.layout)
 
 
 def work_folder(output: Path) -> Path:

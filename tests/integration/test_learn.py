@@ -100,6 +100,15 @@ def test_budget_out_of_reach_fails_before_training(small: Small, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_form_that_masks_cannot_have_fails_before_training(small: Small, tmp_path: Path) -> None:
+    asked = {"learn": LEARN, "export": {"layout": "stock"}}
+    with pytest.raises(PlanError, match="cannot be a stock model"):
+        pipeline.run(recipe(small("llama"), **asked), tmp_path / "o")
+    with pytest.raises(PlanError, match="`require: vllm` cannot be kept"):
+        pipeline.run(recipe(small("llama"), learn=LEARN, require=["vllm"]), tmp_path / "o")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_hidden_channels_go_by_magnitude_and_load_in_fresh_processes(small: Small, tmp_path: Path) -> None:
     step = {"remove": "hidden", "by": {"score": "magnitude"}, "budget": {"remove": 0.25, "multiple_of": 4}}
