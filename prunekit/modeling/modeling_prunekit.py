@@ -677,8 +677,8 @@ class _Pruned:
     """Comes before a stock class: cuts what the stock constructor built, on the meta device too."""
 
     def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        built = (getattr(config, "prunekit", None) or {}).get("built_hidden_size")
-        narrow = getattr(config, "hidden_size", None)
+        section = getattr(config, "prunekit", None) or {}
+        built = section.get("built_hidden_size")
         if built is not None:
             # The stock constructor derives the width of heads from it.
             config.hidden_size = built
@@ -687,10 +687,8 @@ class _Pruned:
         # Some heads build their base model by its class, which has cut itself then.
         whole = base is self or not isinstance(base, _Pruned)
         if built is not None:
-            # A base model that cut itself put the narrow number back.
-            narrow = config.hidden_size if narrow == built else narrow
-            _narrow_hidden(self, base if whole else None, built, narrow)  # type: ignore[arg-type]
-            config.hidden_size = narrow
+            _narrow_hidden(self, base if whole else None, built, section["hidden_size"])
+            config.hidden_size = section["hidden_size"]
             self.tie_weights()  # type: ignore[attr-defined]
         if whole:
             _apply_plan(base, self.config)  # type: ignore[attr-defined]

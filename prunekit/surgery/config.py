@@ -187,6 +187,7 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
     if HIDDEN in plan.keep and "head_width" not in view.arch.keys:
         # Its class divides this by the number of heads.
         section["built_hidden_size"] = view.widths["attention"]["hd"] * view.text[view.arch.keys["heads"]]
+        section["hidden_size"] = kept_hidden(view, plan)
     fields = hetero_config_fields(view.model_type, _stock_classes(view))
     return {**view.config, **_hidden(view, plan), **fields, "prunekit": {**_other_sections(view), **section}}
 
