@@ -2,11 +2,13 @@
 
     python benchmarks/heal.py --minutes 3 --out benchmarks/results/heal.jsonl
     python benchmarks/heal.py --train lora --lr 5e-4 --data wikitext2
+    python benchmarks/heal.py --rows "repaired, healed;vib, repaired;vib, healed" --dtype bfloat16 --batch 32
     python benchmarks/heal.py --data teacher@wikitext2=14 wikitext2 --task multiple_choice:arc_easy --task copying
     python benchmarks/heal.py --out benchmarks/results/heal.jsonl --table
 
-One search serves all rows: its order is replayed. Each row is a run of the pipeline, so what is measured was written,
-loaded in fresh processes and checked. Calibration, repair and healing see text that evaluation does not.
+One search serves all rows of FinerCut: its order is replayed. Rows of `vib` learn masks for the same fraction of block
+parameters, each anew. Each row is a run of the pipeline, so what is measured was written, loaded in fresh processes and
+checked. Calibration, repair and healing see text that evaluation does not.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_ROWS = "which rows, semicolon between: cut; repaired; healed; repaired, healed; vib; vib, repaired; vib, healed"
 
 
 def base(given: argparse.Namespace, by: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +71,25 @@ def variants(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "repaired, healed": {"repair": repair, "heal": heal}}  # fmt: skip
 
 
+def learned(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows whose units are chosen by learned masks: what stands beside the recipe without steps."""
+    learn = {
+        "method": "vib",
+        "remove": given.vib_remove.split(","),
+        "budget": {"remove": given.remove, "of": "params", "multiple_of": given.vib_multiple},
+        "data": [text(spec) for spec in given.data],
+        "length_tokens": given.vib_length,
+        "steps": given.vib_steps,
+        "batch": given.vib_batch,
+        "dtype": given.dtype,
+        "check_every": max(1, given.vib_steps // 4),
+        "variant": given.vib_variant,
+    }
+    after = variants(given)
+    names = {"vib": "cut", "vib, repaired": "repaired", "vib, healed": "healed"}
+    return {row: {"learn": learn, **after[name]} for row, name in names.items()}
+
+
 def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row a variant."""
     from prunekit import pipeline
@@ -74,24 +97,29 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from prunekit.core.recipe import parse_recipe
 
     with tempfile.TemporaryDirectory(prefix="prunekit-heal-") as scratch:
-        search = {"search": "finercut", "candidates": given.candidates, "distance": "loss"}
-        made = pipeline.make_plan(parse_recipe(base(given, search)), talk=print)
-        order = Path(scratch) / "order.json"
-        write_json(order, {"results": [order.to_json() for order in made.orders]})
-        replayed = base(given, {"search": "replay", "file": str(order)})
-        for number, (name, after) in enumerate(variants(given).items()):
-            if name not in given.rows.split(";"):
-                continue
+        wanted = given.rows.split(";")
+        plain = base(given, {})
+        plain.pop("steps")
+        recipes = {row: {**plain, **parts} for row, parts in learned(given).items() if row in wanted}
+        if set(wanted) & set(variants(given)):
+            search = {"search": "finercut", "candidates": given.candidates, "distance": "loss"}
+            made = pipeline.make_plan(parse_recipe(base(given, search)), talk=print)
+            order = Path(scratch) / "order.json"
+            write_json(order, {"results": [order.to_json() for order in made.orders]})
+            replayed = base(given, {"search": "replay", "file": str(order)})
+            recipes |= {row: {**replayed, **after} for row, after in variants(given).items() if row in wanted}
+        for number, (name, recipe) in enumerate(recipes.items()):
             print(f"{name} ...", flush=True)
-            result = pipeline.run(parse_recipe({**replayed, **after}), Path(scratch) / str(number), talk=print)
+            result = pipeline.run(parse_recipe(recipe), Path(scratch) / str(number), talk=print)
             yield {
                 "row": name,
-                "layout": made.layout.kind,
+                "layout": result.made.layout.kind,
                 "params": [result.before["params"], result.after["params"]],
                 "block_params": [result.before["block_params"], result.after["block_params"]],
                 "perplexity": [side.get("perplexity") for side in (result.before, result.cut, result.after)],
                 "figures": [side.get("figures") for side in (result.before, result.cut, result.after)],
                 "heal": dict(result.heal),
+                "learn": dict(result.made.learn),
                 "repair_error": result.made.repair.get("error"),
                 "verified": result.verified.ok,
                 "seconds": {key: round(value, 1) for key, value in result.seconds.items()},
@@ -171,7 +199,13 @@ def main() -> None:
     parser.add_argument("--task", action="append", default=[], help="also measured, as `prunekit evaluate` takes it")
     parser.add_argument("--sequences", type=int, default=20, help="evaluation windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
-    parser.add_argument("--rows", default="cut;repaired;healed;repaired, healed", help="which rows, semicolon between")
+    parser.add_argument("--vib-remove", default="neurons,kv_groups,sublayers", help="kinds of units, comma between")
+    parser.add_argument("--vib-variant", default="faster", choices=("full", "fast", "faster"))
+    parser.add_argument("--vib-multiple", type=int, default=32, help="neurons that stay are multiples of this")
+    parser.add_argument("--vib-steps", type=int, default=300)
+    parser.add_argument("--vib-batch", type=int, default=16)
+    parser.add_argument("--vib-length", type=int, default=256, help="tokens of a sequence that masks are learned on")
+    parser.add_argument("--rows", default="cut;repaired;healed;repaired, healed", help=_ROWS)
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     parser.add_argument("--table", action="store_true", help="print what `--out` holds instead")
     given = parser.parse_args()

@@ -48,6 +48,8 @@ _SECTIONS = (
     ("Select", "calibrate.select"),
     ("Step", "steps"),
     ("Budget", "steps: budget"),
+    ("Learn", "learn"),
+    ("LearnBudget", "learn.budget"),
     ("Repair", "repair"),
     ("Heal", "heal"),
     ("HealText", "heal.data"),
@@ -92,7 +94,7 @@ def recipe_page() -> str:
     for name, title in _SECTIONS:
         definition = schema["$defs"][name]
         parts += [f"## {title}\n", definition["description"] + "\n", _table(definition)]
-        if name in ("Repair", "Heal"):
+        if name in ("Repair", "Learn", "Heal"):
             parts.append("The [method's](../methods/index.md) own knobs stand beside these keys.\n")
         if name == "Evaluate":
             parts.append("`tasks` takes the [tasks](tasks.md) of `prunekit evaluate`, options beside the name.\n")
@@ -250,9 +252,9 @@ def index_page(cards: list[Card]) -> str:
         rows.append(_row(link, entry.role, entry.status, ", ".join(entry.kinds), needs, entry.summary))
     intro = (
         "For people who choose a method. A score gives every unit one number and the lowest go; a search runs the cut "
-        "model to decide what goes next; a repair fits new weights to what is left; healing trains it; a metric scores "
-        "training examples for `prunekit data`. `preview` becomes `stable` once a published or own number is "
-        "reproduced.\n"
+        "model to decide what goes next; a gate learns by training which units go, in a recipe's `learn`; a repair "
+        "fits new weights to what is left; healing trains it; a metric scores training examples for `prunekit data`. "
+        "`preview` becomes `stable` once a published or own number is reproduced.\n"
     )
     return "\n".join(["# Methods\n", _MADE, intro, *rows])
 

@@ -97,6 +97,8 @@ def show_plan(
 
     if file is not None:
         require_free(file, overwrite)
+    if recipe.learn is not None:
+        out.talk("a plan holds cuts alone: what `learn` folds into weights comes with `prunekit prune`")
     later = [name for name in ("repair", "heal") if getattr(recipe, name) is not None]
     if later:
         out.talk(f"a plan holds cuts alone: {' and '.join(f'`{n}`' for n in later)} come with `prunekit prune`")

@@ -14,7 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic.fields import FieldInfo
 
 from prunekit.core.recipe_model import REGISTRIES
-from prunekit.core.registry import HEALS, METRICS, REPAIRS, TASKS, Registry
+from prunekit.core.registry import GATES, HEALS, METRICS, REPAIRS, TASKS, Registry
+
+# Roles that have a section of the recipe of their own.
+SECTIONS = {"repair": "repair", "gate": "learn", "heal": "heal"}
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,15 @@ def method_names() -> list[tuple[str, str]]:
 
 
 def registries() -> dict[str, Registry]:
-    """All methods by role: what a step may name, what makes up for the cut, and the metrics of data pruning."""
-    return {**REGISTRIES, "repair": REPAIRS, "heal": HEALS, "metric": METRICS}
+    """All methods by role: what a step may name, what learns masks, what makes up for the cut, metrics of data."""
+    return {**REGISTRIES, "gate": GATES, "repair": REPAIRS, "heal": HEALS, "metric": METRICS}
 
 
 def card(role: str, name: str) -> Card:
     """Card of one method.
 
     Args:
-        role: `score`, `search`, `repair`, `heal` or `metric`.
+        role: `score`, `search`, `gate`, `repair`, `heal` or `metric`.
         name: registry name.
     Raises:
         UsageError: if there is no such method.
@@ -202,9 +205,12 @@ def type_text(hint: Any) -> str:
 
 def example_use(entry: Card) -> tuple[str, str]:
     """Where a method is used, and how, with its `example` knobs: YAML of a recipe, or a metric's command."""
-    if entry.role in ("repair", "heal"):
-        shared = {"data": "wikitext2", "steps": 200, "lr": 1e-4} if entry.role == "heal" else {}
-        return "in a recipe", f"{entry.role}: {yaml_text({'method': entry.name, **shared, **entry.example})}\n"
+    if entry.role in SECTIONS:
+        shared: dict[str, Any] = {} if entry.role == "repair" else {"data": "wikitext2", "steps": 200, "lr": 1e-4}
+        if entry.role == "gate":
+            shared = {**shared, "remove": list(entry.kinds[:2]), "budget": {"remove": 0.2}}
+        written = yaml_text({"method": entry.name, **shared, **entry.example})
+        return "in a recipe", f"{SECTIONS[entry.role]}: {written}\n"
     if entry.role == "metric":
         knobs = "".join(f" --set {name}={yaml_text(value)}" for name, value in entry.example.items())
         return "on the command line", f"prunekit data score DATASET --metric {entry.name}{knobs}\n"

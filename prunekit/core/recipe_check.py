@@ -10,15 +10,16 @@ from pydantic import BaseModel
 from prunekit.core.errors import PrunekitError
 from prunekit.core.recipe_evaluate import EXPECTATIONS
 from prunekit.core.recipe_fields import knob_problems
-from prunekit.core.recipe_heal import Heal
+from prunekit.core.recipe_heal import Heal, Training
+from prunekit.core.recipe_learn import Learn
 from prunekit.core.recipe_model import ALTERNATING, REGISTRIES, WIDTH_KINDS, Kind, Repair
 from prunekit.core.recipe_problems import Problem, near
-from prunekit.core.registry import HEALS, METRICS, REPAIRS, Registry
+from prunekit.core.registry import GATES, HEALS, METRICS, REPAIRS, Registry
 from prunekit.core.task_options import label_of, make_task, split_limit, task_problems
 from prunekit.core.yaml_lines import KeyPath
 
 KINDS = get_args(Kind)
-_NO_KV = ("ffn", "neurons", "query_heads", "experts")
+_NO_KV = ("ffn", "neurons", "query_heads", "experts", "hidden")
 
 
 def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
@@ -34,9 +35,14 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
             problems += _budget(step, path)
             problems += _alternating(step, path)
             problems += _method(step, path)
-    problems += _after_cut(data, "repair", REPAIRS, Repair)
-    problems += _after_cut(data, "heal", HEALS, Heal)
-    problems += _heal(data)
+    if "steps" not in data and data.get("learn") is None:
+        hint = "a list of removals, each with `remove`, `by` and `budget`"
+        problems.append(Problem("`steps` is missing", ("steps",), hint=hint))
+    problems += _section(data, "repair", REPAIRS, Repair)
+    for model, registry in ((Learn, GATES), (Heal, HEALS)):
+        problems += _section(data, model.section, registry, model)
+        problems += _training(data, model)
+    problems += _learn(data)
     problems += _select(data)
     problems += _export(data)
     problems += _require(data)
@@ -168,8 +174,8 @@ def _method(step: Mapping[str, Any], path: KeyPath) -> list[Problem]:
     return problems + knob_problems(cls, {k: v for k, v in by.items() if k not in REGISTRIES}, here)
 
 
-def _after_cut(data: Mapping[str, Any], key: str, registry: Registry, model: type[BaseModel]) -> list[Problem]:
-    """Method and knobs of `repair` or `heal`, which stand beside the keys that every method of them has."""
+def _section(data: Mapping[str, Any], key: str, registry: Registry, model: type[BaseModel]) -> list[Problem]:
+    """Method and knobs of `repair`, `learn` or `heal`, which stand beside the keys that every method of them has."""
     raw = data.get(key)
     if not isinstance(raw, Mapping) or not isinstance(raw.get("method"), str):
         return []
@@ -177,31 +183,42 @@ def _after_cut(data: Mapping[str, Any], key: str, registry: Registry, model: typ
     if name not in registry.names():
         names = registry.names()
         hint = near(name, names) or f"there are: {', '.join(names)}"
-        return [Problem(f"no {key} named `{name}`", (key, "method"), hint=hint)]
+        return [Problem(f"no {registry.role} named `{name}`", (key, "method"), hint=hint)]
     shared = [field for field in model.model_fields if field != "knobs"]
     knobs = {knob: value for knob, value in raw.items() if knob not in shared}
     return knob_problems(registry.get(name), knobs, (key,), shared)
 
 
-def _heal(data: Mapping[str, Any]) -> Iterator[Problem]:
-    """Numbers of `heal` that do not go together."""
-    raw = data.get("heal")
+def _learn(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Kinds that contradict each other."""
+    kinds = _inside(data, "learn", "remove")
+    kinds = [kind for kind in kinds if isinstance(kind, str)] if isinstance(kinds, list) else []
+    for kind in sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        yield Problem(f"`remove` names {kind} twice", ("learn", "remove"), hint="keep one of them")
+    if "sublayers" in kinds and {"attention", "ffn"} & set(kinds):
+        hint = "keep `sublayers`, or the kinds that can go"
+        yield Problem("`sublayers` takes attention and FFN already", ("learn", "remove"), hint=hint)
+
+
+def _training(data: Mapping[str, Any], model: type[Training]) -> Iterator[Problem]:
+    """Numbers of `learn` or `heal` that do not go together."""
+    section = model.section
+    raw = data.get(section)
     if not isinstance(raw, Mapping):
         return
-    batch, parts = raw.get("batch", Heal.model_fields["batch"].default), raw.get("accumulate", 1)
+    batch, parts = raw.get("batch", model.model_fields["batch"].default), raw.get("accumulate", 1)
     if isinstance(batch, int) and isinstance(parts, int) and parts > 0 and batch % parts:
         why = "each pass takes the same number of sequences"
-        yield Problem(f"`batch: {batch}` cannot be split into {parts} passes", ("heal", "accumulate"), why=why)
+        yield Problem(f"`batch: {batch}` cannot be split into {parts} passes", (section, "accumulate"), why=why)
     if raw.get("patience") is not None and raw.get("held_out") in (0, 0.0):
         hint = "give `held_out`, a fraction such as 0.05"
-        yield Problem("`patience` needs a held-out part", ("heal", "patience"), hint=hint)
+        yield Problem("`patience` needs a held-out part", (section, "patience"), hint=hint)
     texts = raw.get("data")
     for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
         if isinstance(text, Mapping) and text.get("prompts") is not None and text.get("data") != "teacher":
             hint = "take it out, or write `data: teacher`"
-            yield Problem(
-                "`prompts` is for text that the teacher writes", ("heal", "data", index, "prompts"), hint=hint
-            )
+            place = (section, "data", index, "prompts")
+            yield Problem("`prompts` is for text that the teacher writes", place, hint=hint)
 
 
 def _which(role: str, name: str) -> str:

@@ -17,7 +17,6 @@ from prunekit.core.yaml_lines import KeyPath
 # What a recipe may come to say, and what does the nearest thing until then.
 NOT_BUILT = {
     ("runtime",): "run-time patterns and cache policies are not part of recipes yet",
-    ("gates",): "methods that learn masks are not built yet; `prunekit methods list` shows what is",
     ("steps", "rewire"): "rewiring is not built yet; steps remove units",
 }
 _NOT_BUILT_VALUES = {

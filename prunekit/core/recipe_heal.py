@@ -1,9 +1,9 @@
-"""The part of a recipe that trains what a cut left."""
+"""What every training of a recipe has, and the training of what a cut left."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictFloat, StrictInt, StrictStr, model_serializer, model_validator
 
@@ -26,8 +26,10 @@ class HealText(Part):
     _short = model_validator(mode="before")(named_text)
 
 
-class Heal(Part):
-    """Training after the cut, by registry name, with the method's knobs beside the name."""
+class Training(Part):
+    """How a model is trained, by registry name, with the method's knobs beside the name."""
+
+    section: ClassVar[str] = ""
 
     method: StrictStr = Field(description="What is trained for.")
     data: tuple[HealText, ...] = Field(
@@ -55,11 +57,6 @@ class Heal(Part):
     warm_up: StrictFloat = Field(default=0.05, ge=0, lt=1, description="Fraction of the steps it rises in.")
     weight_decay: StrictFloat = Field(default=0.0, ge=0, description="Of AdamW.")
     max_grad_norm: StrictFloat = Field(default=1.0, gt=0, description="Longer gradients are shortened to this.")
-    train: Literal["all", "lora"] = Field(
-        default="all", description="All weights, or adapters of low rank that are merged into them at the end."
-    )
-    lora_rank: StrictInt = Field(default=16, ge=1, description="Rank of the adapters.")
-    lora_alpha: StrictFloat = Field(default=32.0, gt=0, description="The adapters' scale is this over their rank.")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Type to compute in; weights and optimizer are float32 either way."
     )
@@ -84,5 +81,17 @@ class Heal(Part):
     def _flatten(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in type(self).model_fields if name not in ("data", "knobs")}
         texts = [text.model_dump(exclude_none=True) for text in self.data]
-        known = {key: value for key, value in plain.items() if value is not None}
+        known = {key: value for key, value in plain.items() if key != "method" and value is not None}
         return {"method": self.method, **self.knobs, "data": texts, **known}
+
+
+class Heal(Training):
+    """Training after the cut, by registry name, with the method's knobs beside the name."""
+
+    section: ClassVar[str] = "heal"
+
+    train: Literal["all", "lora"] = Field(
+        default="all", description="All weights, or adapters of low rank that are merged into them at the end."
+    )
+    lora_rank: StrictInt = Field(default=16, ge=1, description="Rank of the adapters.")
+    lora_alpha: StrictFloat = Field(default=32.0, gt=0, description="The adapters' scale is this over their rank.")

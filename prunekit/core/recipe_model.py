@@ -22,10 +22,11 @@ from pydantic import (
 from prunekit.core.recipe_base import Part, gathered
 from prunekit.core.recipe_evaluate import Evaluate, Expect
 from prunekit.core.recipe_heal import Heal
-from prunekit.core.registry import HEALS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
+from prunekit.core.recipe_learn import Learn
+from prunekit.core.registry import GATES, HEALS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
-Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts"]
-WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts")
+Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts", "hidden"]
+WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts", "hidden")
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 # Where a result can be asked to load; `plan/loads.py` says what each takes.
 Target = Literal[
@@ -208,7 +209,10 @@ class Recipe(Part):
     description: StrictStr | None = Field(default=None, description="One sentence for `prunekit recipes list`.")
     model: Model = Field(description="Which model is pruned, and how it is loaded.")
     calibrate: Calibrate = Field(default=Calibrate(), description="Text that methods run the model on.")
-    steps: tuple[Step, ...] = Field(min_length=1, description="Removals, one after the other.")
+    steps: tuple[Step, ...] = Field(
+        default=(), min_length=1, description="Removals, one after the other; may be missing where `learn` removes."
+    )
+    learn: Learn | None = Field(default=None, description="Masks learned by training, after the steps.")
     require: tuple[Target, ...] = Field(
         default=(),
         description="Where the result must load; the steps obey what is needed for that, or the recipe fails at once.",
@@ -232,9 +236,11 @@ class Recipe(Part):
         if self.repair is not None:
             knobs = _all_knobs(REPAIRS, self.repair.method, self.repair.knobs)
             data["repair"] = {**data["repair"], **knobs}
+        if self.learn is not None:
+            data["learn"] = {**data["learn"], **_all_knobs(GATES, self.learn.method, self.learn.knobs)}
         if self.heal is not None:
             data["heal"] = {**data["heal"], **_all_knobs(HEALS, self.heal.method, self.heal.knobs)}
-        return {key: value for key, value in data.items() if value != {}}
+        return {key: value for key, value in data.items() if value not in ({}, [])}
 
 
 def _all_knobs(registry: Registry, name: str, knobs: Mapping[str, Any]) -> dict[str, Any]:

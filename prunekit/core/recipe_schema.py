@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunekit.core.method_card import card, method_names, registries, task_card
+from prunekit.core.method_card import SECTIONS, card, method_names, registries, task_card
 from prunekit.core.recipe_model import REGISTRIES, Recipe
 from prunekit.core.registry import TASKS
 
@@ -20,22 +20,22 @@ def json_schema() -> dict[str, Any]:
         "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role in REGISTRIES],
     }
     shared = {}
-    for after, title in (("repair", "Repair"), ("heal", "Heal")):
+    for after, title in (("repair", "Repair"), ("learn", "Learn"), ("heal", "Heal")):
         plain = definitions[title]
         shared[after] = {key: value for key, value in plain["properties"].items() if key not in ("method", "knobs")}
         definitions[title] = {
             "description": plain["description"],
-            "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if role == after],
+            "oneOf": [{"$ref": f"#/$defs/{role}_{name}"} for role, name in _usable() if SECTIONS.get(role) == after],
         }
     text = {"$ref": "#/$defs/HealText"}
-    shared["heal"]["data"] = {**shared["heal"]["data"], "anyOf": [text, {"type": "array", "items": text}]}
-    for key in ("type", "items", "minItems"):
-        shared["heal"]["data"].pop(key, None)
+    for section in ("learn", "heal"):
+        data = {**shared[section]["data"], "anyOf": [text, {"type": "array", "items": text}]}
+        shared[section]["data"] = {k: v for k, v in data.items() if k not in ("type", "items", "minItems")}
     for role, name in _usable():
         knobs = TypeAdapter(registries()[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
         for inner, definition in knobs.pop("$defs", {}).items():
             definitions[f"{role}_{name}_{inner}"] = definition
-        definitions[f"{role}_{name}"] = _method(role, name, knobs, shared.get(role))
+        definitions[f"{role}_{name}"] = _method(role, name, knobs, shared.get(SECTIONS.get(role, "")))
     definitions["Measurement"] = {
         "description": definitions["Measurement"]["description"],
         "anyOf": [{"enum": list(TASKS.names())}, *({"$ref": f"#/$defs/task_{name}"} for name in TASKS.names())],
@@ -45,12 +45,13 @@ def json_schema() -> dict[str, Any]:
     for short in ("Perplexity", "Embedding", "HealText"):
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
+    schema["anyOf"] = [{"required": ["steps"]}, {"required": ["learn"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "prunekit recipe"}
 
 
 def _usable() -> list[tuple[str, str]]:
     """(role, name) of the methods that a recipe may name."""
-    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, "repair", "heal")]
+    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, *SECTIONS)]
 
 
 def _task(name: str) -> dict[str, Any]:
@@ -72,9 +73,10 @@ def _task(name: str) -> dict[str, Any]:
 
 
 def _method(role: str, name: str, knobs: dict[str, Any], shared: dict[str, Any] | None) -> dict[str, Any]:
-    """Schema of one method's mapping; `shared`: the keys that all methods of `repair` or `heal` have."""
+    """Schema of one method's mapping; `shared`: the keys that all methods of its section have."""
     entry = card(role, name)
     key, others = (role, {}) if shared is None else ("method", shared)
+    asked = [field for field in ("remove", "budget") if role == "gate"]
     meanings = {knob.name: knob.meaning for knob in entry.knobs}
     properties = {
         knob: {"description": meanings.get(knob, ""), **value} for knob, value in knobs.get("properties", {}).items()
@@ -84,6 +86,6 @@ def _method(role: str, name: str, knobs: dict[str, Any], shared: dict[str, Any] 
         "title": name,
         "description": f"{entry.summary} Kinds: {', '.join(entry.kinds)}." if entry.kinds else entry.summary,
         "properties": {key: {"const": name}, **others, **properties},
-        "required": [key, *knobs.get("required", [])],
+        "required": [key, *asked, *knobs.get("required", [])],
         "additionalProperties": False,
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,30 @@ if TYPE_CHECKING:
     from prunekit.core.progress import Task
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-_LOWER = "lower `heal.lr`, lengthen `heal.warm_up`, or compute in float32"
+
+
+def _at_no_step(step: int) -> None:
+    """Does nothing."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a training goes beside its loss.
+
+    Args:
+        work: what the bar calls it.
+        groups: of the optimizer, as AdamW takes them; empty trains every parameter at the rate asked for.
+        at_step: called with the number of steps done before each step.
+        lower: what else to lower where numbers are none, in words.
+    """
+
+    work: str = "healing"
+    groups: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    at_step: Callable[[int], None] = _at_no_step
+    lower: str = ""
+
+
+_HEALING = Course()
 
 
 class _Rows(Dataset[dict[str, Tensor]]):
@@ -65,10 +89,13 @@ class _Trainer(Trainer):
 class _Watch(TrainerCallback):
     """Progress, seals of checkpoints, the time limit, and a stop where numbers are none."""
 
-    def __init__(self, scene: Scene, work: Path, task: Task) -> None:
-        self.scene, self.work, self.task = scene, work, task
+    def __init__(self, scene: Scene, work: Path, task: Task, course: Course) -> None:
+        self.scene, self.work, self.task, self.course = scene, work, task, course
         self.begun = time.monotonic()
         self.stopped_by = "steps"
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.course.at_step(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.task.advance(1)
@@ -104,11 +131,17 @@ class _Watch(TrainerCallback):
         kept = f"; the last good state is `{good[-1]}`" if good else ""
         raise HealError(
             f"the {name} is not a number at step {step}", why=f"training diverged{kept}",
-            hint=_LOWER + (f", and delete or rename `{self.work}`" if good else ""),
+            hint=self._lower() + (f", and delete or rename `{self.work}`" if good else ""),
         )  # fmt: skip
 
+    def _lower(self) -> str:
+        section = self.scene.asked.section
+        return f"lower {self.course.lower}`{section}.lr`, lengthen `{section}.warm_up`, or compute in float32"
 
-def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path) -> dict[str, Any]:
+
+def train(
+    model: Any, objective: Objective, data: Data, scene: Scene, work: Path, course: Course = _HEALING
+) -> dict[str, Any]:
     """Trains a model in place, on from the last checkpoint where there is one.
 
     Args:
@@ -117,6 +150,7 @@ def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path
         data: rows.
         scene: settings, device, progress.
         work: folder for checkpoints; it stays.
+        course: what is trained at which rate.
     Returns:
         `steps_done`, `stopped_by` (steps, minutes, patience), `loss` of the last step, and where something is held out
         its loss `held_out_before` and `held_out_after`, with `best_step`.
@@ -131,9 +165,10 @@ def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path
     if checkpoint:
         scene.talk(f"going on from step {done} of {asked.steps}")
     arguments = _arguments(scene, data, work, begins=checkpoint is None)
+    own = torch.optim.AdamW(list(course.groups), weight_decay=asked.weight_decay) if course.groups else None
     with ExitStack() as stack:
-        task = stack.enter_context(scene.progress.task("healing", total=asked.steps - done, unit="steps"))
-        watch = _Watch(scene, work, task)
+        task = stack.enter_context(scene.progress.task(course.work, total=asked.steps - done, unit="steps"))
+        watch = _Watch(scene, work, task, course)
         callbacks: list[TrainerCallback] = [watch]
         if asked.patience is not None:
             callbacks.insert(0, EarlyStoppingCallback(asked.patience))
@@ -145,6 +180,7 @@ def train(model: Any, objective: Objective, data: Data, scene: Scene, work: Path
             train_dataset=_Rows(data.inputs, data.train),
             eval_dataset=_Rows(data.inputs, data.held_out) if len(data.held_out) else None,
             callbacks=callbacks,
+            optimizers=(own, None),
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -161,8 +197,9 @@ def _arguments(scene: Scene, data: Data, work: Path, *, begins: bool) -> Trainin
     shares = asked.accumulate * ranks()
     at_once = asked.batch // shares
     if at_once * shares != asked.batch:
+        parts = f"{ranks()} processes of {asked.accumulate} passes"
         raise UsageError(
-            f"`heal.batch: {asked.batch}` cannot be split over {ranks()} processes of {asked.accumulate} passes",
+            f"`{asked.section}.batch: {asked.batch}` cannot be split over {parts}",
             hint=f"use a multiple of {shares}",
         )
     watched = len(data.held_out) > 0

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import UsageError
@@ -15,7 +15,7 @@ from prunekit.core.registry import HEALS
 from prunekit.heal.scene import Scene, is_first_rank, place
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_heal import Heal
+    from prunekit.core.recipe_heal import Heal, Training
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,23 @@ def check(asked: Heal, decoder: bool) -> None:
         UsageError: if the method does not fit the model, or a text is missing or empty.
         HealError: if peft is needed and missing.
     """
-    from prunekit.calibrate.texts import load_text
-    from prunekit.heal._data import TEACHER
     from prunekit.heal._lora import require_peft
 
     HEALS.get(asked.method)(**asked.knobs).check(decoder)
     if asked.train == "lora":
         require_peft()
+    check_texts(asked, decoder)
+
+
+def check_texts(asked: Training, decoder: bool) -> None:
+    """Fails where a text that a training asks for is missing or empty, or nobody could write it.
+
+    Raises:
+        UsageError: naming it.
+    """
+    from prunekit.calibrate.texts import load_text
+    from prunekit.heal._data import TEACHER
+
     for text in asked.data:
         if text.data == TEACHER and not decoder:
             raise UsageError("`data: teacher` needs a teacher that writes text", why="this one is an encoder")
@@ -84,7 +94,7 @@ def heal(scene: Scene, work: Path) -> Healed:
     from prunekit.modeling.load import load_model
     from prunekit.modeling.quiet import quiet
 
-    asked = scene.asked
+    asked = cast("Heal", scene.asked)
     checkpoint = Checkpoint.open(scene.student)
     model = load_model(scene.student, "float32", place(scene.device), scene.trust_remote_code)
     names = names_of(model, checkpoint)

@@ -1,4 +1,4 @@
-"""What healing is given: the cut model, the dense one, and how their blocks belong together."""
+"""What a training is given: the cut model, the dense one, and how their blocks belong together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prunekit.core.recipe_heal import Heal
+    from prunekit.core.recipe_heal import Training
     from prunekit.plan.layout import Pair
 
 Talk = Callable[[str], None]
@@ -35,7 +35,7 @@ class Scene:
     """One healing.
 
     Args:
-        asked: the recipe's `heal`.
+        asked: the recipe's `heal` or `learn`.
         student: folder of the cut model.
         teacher: folder of the dense model; None where there is none.
         load_teacher: gives the dense model in eval mode, on the device that is trained on.
@@ -51,7 +51,7 @@ class Scene:
         talk: told in a line what happens now.
     """
 
-    asked: Heal
+    asked: Training
     student: Path
     teacher: Path | None
     load_teacher: Callable[[], Any]

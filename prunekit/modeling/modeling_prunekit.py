@@ -559,6 +559,66 @@ def _narrow_linears(block: nn.Module, sublayer: _SubLayer, counts: Mapping[str, 
         setattr(layer, _SIDES[side][isinstance(layer, Conv1D)], size)
 
 
+# Layers outside blocks that lead from the residual stream to another of its width.
+_SQUARE = ("pooler.dense", "transform.dense", "lm_head.dense", "classifier.dense")
+
+
+def _narrow_hidden(model: nn.Module, base: nn.Module | None, built: int, new: int) -> None:
+    """Gives a freshly built model a residual stream of so many channels; heads keep their number and width.
+
+    Args:
+        model: all of it.
+        base: where its blocks are; None where they are narrow already.
+        built: channels that the stock constructor gave it; what has others is narrow already.
+        new: channels left.
+    """
+    if not 0 < new <= built:
+        raise ValueError(f"a residual stream cannot have {new} channels, the model was built with {built}")
+    inside: set[nn.Module] = set()
+    for block in blocks_of(base) if base is not None else ():
+        inside.update(block.modules())
+        for kind in ("attention", "ffn"):
+            for path, (side, _) in _sublayer(block, kind).linears.items():
+                _narrow_side(block.get_submodule(path), "in" if side == "out" else "out", new)
+        for module in block.modules():
+            _narrow_norm(module, built, new)
+    for name, module in model.named_modules():
+        if module not in inside and not any(part.isdecimal() for part in name.split(".")):
+            _narrow_outer(name, module, built, new)
+
+
+def _narrow_outer(name: str, module: nn.Module, built: int, new: int) -> None:
+    _narrow_norm(module, built, new)
+    if isinstance(module, nn.Embedding) and module.embedding_dim == built:
+        module.weight = nn.Parameter(module.weight.detach()[:, :new].clone())
+        module.embedding_dim = new
+    elif isinstance(module, nn.Conv2d) and module.out_channels == built:
+        _narrow_side(module, "out", new)
+        module.out_channels = new
+    elif isinstance(module, nn.Linear) and module.in_features == built:
+        _narrow_side(module, "in", new)
+        if name.endswith(_SQUARE):
+            _narrow_side(module, "out", new)
+    for own, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.dim() == 3 and parameter.shape[-1] == built:
+            setattr(module, own, nn.Parameter(parameter.detach()[..., :new].clone()))
+
+
+def _narrow_norm(module: nn.Module, built: int, new: int) -> None:
+    if isinstance(module, nn.LayerNorm) and module.normalized_shape == (built,):
+        module.weight = nn.Parameter(module.weight.detach()[:new].clone())
+        module.bias = nn.Parameter(module.bias.detach()[:new].clone())
+        module.normalized_shape = (new,)
+
+
+def _narrow_side(layer: nn.Module, side: str, new: int) -> None:
+    """Shortens one side of a layer to its first so many."""
+    layer.weight = nn.Parameter(layer.weight.detach().narrow(_dim(layer, side), 0, new).clone())
+    if side == "out" and layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach()[:new].clone())
+    setattr(layer, _SIDES[side][isinstance(layer, Conv1D)], new)
+
+
 def _dim(layer: nn.Module, side: str) -> int:
     """Dimension of a weight: Linear stores [out, in], Conv1D [in, out]."""
     return int((side == "in") != isinstance(layer, Conv1D))
@@ -617,10 +677,20 @@ class _Pruned:
     """Comes before a stock class: cuts what the stock constructor built, on the meta device too."""
 
     def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        section = getattr(config, "prunekit", None) or {}
+        built = section.get("built_hidden_size")
+        if built is not None:
+            # The stock constructor derives the width of heads from it.
+            config.hidden_size = built
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         base = self.base_model  # type: ignore[attr-defined]
         # Some heads build their base model by its class, which has cut itself then.
-        if base is self or not isinstance(base, _Pruned):
+        whole = base is self or not isinstance(base, _Pruned)
+        if built is not None:
+            _narrow_hidden(self, base if whole else None, built, section["hidden_size"])
+            config.hidden_size = section["hidden_size"]
+            self.tie_weights()  # type: ignore[attr-defined]
+        if whole:
             _apply_plan(base, self.config)  # type: ignore[attr-defined]
 
     # transformers looks for these in the text of the file that a class is from, which here is not the stock one.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import ExportError
 from prunekit.core.files import atomic_folder, require_free_folder, sha256_files, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.pipeline import learning
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.healing import (
     REFERENCE_PARAMS,
@@ -99,7 +100,7 @@ def run(
     """
     clock = _Clock()
     _check_first(recipe, output, overwrite)
-    made = make_plan(recipe, progress, talk)
+    made = make_plan(recipe, progress, talk, learning.work_folder(output))
     clock.lap("plan")
     check_evaluation(made.view, recipe)
     if recipe.repair is not None:
@@ -108,7 +109,8 @@ def run(
         clock.lap("repair")
     with atomic_folder(output, overwrite) as folder:
         result = _finish(recipe, made, output, folder, progress, talk, clock)
-    shutil.rmtree(work_folder(output), ignore_errors=True)
+    for folder in (work_folder(output), learning.work_folder(output)):
+        shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
@@ -129,8 +131,9 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     from prunekit.evaluate.run import check
     from prunekit.structure.view import ModelView
 
-    if recipe.heal is not None:
-        require_one_process()
+    for part in (recipe.learn, recipe.heal):
+        if part is not None:
+            require_one_process(part.section)
     require_free_folder(output, overwrite)
     device_of(recipe)
     if ONNX in recipe.export.formats:
@@ -142,6 +145,7 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
         raise ExportError(f"`{output}` is the model itself", hint="give another folder")
     check_evaluation(view, recipe)
     check_healing(view, recipe)
+    learning.check_learning(view, recipe)
     tokenizer = tokenizer_for(view, recipe) if _needs_tokenizer(recipe) else None
     repair_inputs(recipe, view)
     subject = subject_of(recipe, view, tokenizer)
@@ -150,7 +154,7 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
 
 def _needs_tokenizer(recipe: Recipe) -> bool:
     asked = recipe.evaluate
-    parts = (asked.perplexity, asked.embedding, asked.sample, asked.tasks, recipe.heal)
+    parts = (asked.perplexity, asked.embedding, asked.sample, asked.tasks, recipe.learn, recipe.heal)
     return any(part is not None for part in parts)
 
 
@@ -161,7 +165,8 @@ def _finish(
     from prunekit.surgery import engine
 
     talk(f"writing a {made.layout.kind} checkpoint")
-    replaced = as_stored(made.view, made.repaired)
+    # A repair fits the matrices anew that factors were folded into.
+    replaced = as_stored(made.view, made.repaired) if made.repair else made.learned
     engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced)
     clock.lap("cut")
     talk("measuring before and after")
@@ -202,8 +207,9 @@ def _measured(measurer: Measurer, made: Made, dense: Any, folder: Path) -> tuple
 
 def _made_from(recipe: Recipe, made: Made) -> str:
     """What the cut model was made from, besides the source."""
-    repair = None if recipe.repair is None else recipe.effective()["repair"]
-    return json.dumps([made.plan.to_json(), made.layout.kind, repair], sort_keys=True)
+    effective = recipe.effective()
+    parts = [effective.get(part) for part in ("repair", "learn")]
+    return json.dumps([made.plan.to_json(), made.layout.kind, *(part for part in parts if part)], sort_keys=True)
 
 
 def _again(measurer: Measurer, dense: Any, folder: Path) -> dict[str, Any]:
@@ -222,7 +228,7 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     from prunekit.modeling.load import load_tokenizer, to_float64
     from prunekit.modeling.modeling_prunekit import blocks_of, skip
 
-    if made.plan.keep or made.before.params > REFERENCE_PARAMS:
+    if made.plan.keep or made.learned or made.before.params > REFERENCE_PARAMS:
         return None
     dense = to_float64(dense)
     put_into(dense, made.view, made.repaired)
@@ -284,9 +290,10 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
         "accepted": all(entry["ok"] for entry in result.expectations),
         "plan": made.plan.to_json(),
         "orders": [order.to_json() for order in made.orders],
+        **({"learn": dict(made.learn)} if made.learn else {}),
         **({"repair": dict(made.repair)} if made.repair else {}),
         **{key: value for key, value in data.items() if key != "output"},
-        "notes": [*_notes(recipe), *notes_of(result.heal)],
+        "notes": [*_notes(recipe), *learning.notes_of(made.learn), *notes_of(result.heal)],
     }
     write_json(folder / MANIFEST, manifest)
     write_report(folder)

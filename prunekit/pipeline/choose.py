@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
 from prunekit.core.types import Order, Scores
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, selected_batch, tokenizer_for
+from prunekit.pipeline.learning import check_learning, learned_after
 from prunekit.pipeline.weights import reading
 from prunekit.plan.after import after
 from prunekit.plan.allocate import Scored, allocate
@@ -54,6 +55,8 @@ class Made:
         orders: what each step's method said, in order.
         repaired: new output projections by the address of their sub-layer.
         repair: what the repair says about itself; empty without one.
+        learned: new values of tensors by name, as `learn` leaves them in the cut model.
+        learn: what the learning says about itself; empty without one.
     """
 
     source: ResolvedSource
@@ -65,15 +68,20 @@ class Made:
     orders: tuple[Scores | Order, ...]
     repaired: Mapping[str, Projection] = field(default_factory=dict)
     repair: Mapping[str, Any] = field(default_factory=dict)
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    learn: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = silent) -> Made:
+def make_plan(
+    recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = silent, work: Path | None = None
+) -> Made:
     """What a recipe removes, without writing a weight.
 
     Args:
         recipe: which model, what goes and who chooses.
         progress: bars.
         talk: told in a line what happens now.
+        work: folder for the training checkpoints of `learn`, from which a killed run goes on; the caller deletes it.
     Raises:
         PrunekitError: of the kind that fits, before expensive work where it can be known then.
     """
@@ -82,6 +90,7 @@ def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = s
     for step in recipe.steps:
         view.groups(step.remove)
     rehearse(recipe, view)
+    check_learning(view, recipe)
     plan, orders = Plan.make(view), []
     for number, step in enumerate(recipe.steps, 1):
         talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
@@ -89,9 +98,16 @@ def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = s
             cuts, found = _choose(obedient(recipe, step, view, plan), bench)
         plan = plan.then(view, cuts)
         orders.append(found)
+    learned = None
+    if recipe.learn is not None:
+        talk(f"learning masks by {recipe.learn.method}")
+        with Bench(recipe, view, plan, progress) as bench:
+            learned = learned_after(recipe, view, bench.view, plan, bench.folder, work, progress, talk)
+        plan = plan.then(view, learned.plan)
     require_met(recipe, view, plan)
     layout = choose_layout(view, plan, recipe.export.layout)
-    return Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders))
+    made = Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders))
+    return made if learned is None else replace(made, learned=learned.tensors, learn=learned.about)
 
 
 class Bench:
@@ -124,21 +140,27 @@ class Bench:
         return model_batch(self.source, tokenizer, calibrate, calibrate.seed)
 
     @cached_property
-    def stack(self) -> Stack:
-        """The model, sub-layer by sub-layer. Earlier cuts are carried out in a temporary folder first."""
-        from prunekit.calibrate.stack import Stack
-        from prunekit.modeling.load import load_model
+    def folder(self) -> Path:
+        """The model's folder. Earlier cuts are carried out in a temporary one first."""
         from prunekit.surgery import engine
 
-        folder = self.source.checkpoint.folder
-        if self.plan.drop or self.plan.keep:
-            # Block numbers stay in a heterogeneous folder, so addresses mean the same.
-            folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="prunekit-step-")))
-            layout = choose_layout(self.source, self.plan, "heterogeneous")
-            engine.apply(self.source, self.plan, folder, progress=self.progress, layout=layout)
+        if not self.plan.drop and not self.plan.keep:
+            return self.source.checkpoint.folder
+        # Block numbers stay in a heterogeneous folder, so addresses mean the same.
+        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="prunekit-step-")))
+        layout = choose_layout(self.source, self.plan, "heterogeneous")
+        engine.apply(self.source, self.plan, folder, progress=self.progress, layout=layout)
+        return folder
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The model, sub-layer by sub-layer."""
+        from prunekit.calibrate.stack import Stack
+        from prunekit.modeling.load import load_model
+
         device = device_of(self.recipe)
         dtype = dtype_of(self.recipe, self.source, device)
-        return Stack(load_model(folder, dtype, device, self.recipe.model.trust_remote_code))
+        return Stack(load_model(self.folder, dtype, device, self.recipe.model.trust_remote_code))
 
 
 def _choose(step: Step, bench: Bench) -> tuple[Plan, Scores | Order]:

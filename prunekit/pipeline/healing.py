@@ -17,7 +17,7 @@ from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
 from prunekit.pipeline.measure import subject_of
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_heal import Heal
+    from prunekit.core.recipe_heal import Heal, Training
     from prunekit.core.recipe_model import Recipe
     from prunekit.export.verify import Reference
     from prunekit.plan.layout import Pair
@@ -28,17 +28,19 @@ REFERENCE_PARAMS = 400_000_000
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def require_one_process() -> None:
+def require_one_process(section: str) -> None:
     """Fails where several processes would write the same folder.
 
+    Args:
+        section: of the recipe that trains.
     Raises:
         UsageError: if torchrun or accelerate started more than one.
     """
     if ranks() > 1:
         raise UsageError(
-            "a recipe with `heal` runs in one process",
+            f"a recipe with `{section}` runs in one process",
             why=f"{ranks()} were started",
-            hint="prune without `heal` first, then start `prunekit heal` on many",
+            hint="prune without `heal` first, then start `prunekit heal` on many" if section == "heal" else "",
         )
 
 
@@ -59,19 +61,28 @@ def check_healing(view: ModelView, recipe: Recipe) -> None:
     """
     if recipe.heal is None:
         return
-    kind = reads(view)
+    check_training(view, recipe, recipe.heal)
+    check(recipe.heal, reads(view) == "text")
+
+
+def check_training(view: ModelView, recipe: Recipe, asked: Training) -> None:
+    """Fails where a model cannot be trained as a section of the recipe asks.
+
+    Raises:
+        UsageError: if the model or the device does not do.
+    """
+    kind, name = reads(view), f"`{asked.section}`"
     if kind == "images":
-        raise UsageError("`heal` needs a model that reads text", why=f"`{recipe.model.source}` reads images")
+        raise UsageError(f"{name} needs a model that reads text", why=f"`{recipe.model.source}` reads images")
     if kind == "text" and view.head is None:
-        raise UsageError("`heal` needs the head of a model that writes text", why="the checkpoint has the base alone")
+        raise UsageError(f"{name} needs the head of a model that writes text", why="the checkpoint has the base alone")
     device = device_of(recipe)
     if device.startswith("cuda:"):
         hint = f"use `cuda`, and CUDA_VISIBLE_DEVICES={device.partition(':')[2]} in the environment"
         raise UsageError(f"training cannot be put on `{device}`", why="it takes the first device there is", hint=hint)
     subject_of(recipe, view, None).require_positions(
-        recipe.heal.length_tokens, "a sequence of `heal`", hint="lower `heal.length_tokens`"
+        asked.length_tokens, f"a sequence of {name}", hint=f"lower `{asked.section}.length_tokens`"
     )
-    check(recipe.heal, kind == "text")
 
 
 def scene_of(
@@ -166,13 +177,19 @@ def notes_of(about: Mapping[str, Any]) -> list[str]:
     """How a model was healed, in a sentence or two."""
     if not about:
         return []
-    texts = ", ".join(f"{count} sequences of `{Path(text['data']).name}`"
-                      for text, count in zip(about["data"], about["sequences_of"], strict=True))  # fmt: skip
     notes = [
         f"Healed by {about['method']} ({about['train']}): {about['steps_done']} steps, {about['tokens']:,} tokens, "
-        f"peak learning rate {about['lr']:g}; data: {texts}, {about['held_out_sequences']} of them held out."
+        f"peak learning rate {about['lr']:g}; data: {texts_of(about)}, {about['held_out_sequences']} of them held out."
     ]
     if "held_out_before" in about:
         a, b = about["held_out_before"], about["held_out_after"]
         notes.append(f"Loss on the held-out part: {a:.4f} before, {b:.4f} after (step {about['best_step']}).")
     return notes
+
+
+def texts_of(about: Mapping[str, Any]) -> str:
+    """What was trained on, in words."""
+    return ", ".join(
+        f"{count} sequences of `{Path(text['data']).name}`"
+        for text, count in zip(about["data"], about["sequences_of"], strict=True)
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prunekit.core.errors import UsageError
 from prunekit.core.recipe_model import DEVICES
 from prunekit.modeling.load import load_tokenizer
+from prunekit.structure.view import HIDDEN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +86,7 @@ def check_evaluation(view: ModelView, recipe: Recipe) -> None:
         UsageError: for perplexity or a sample of an encoder, or sentence embeddings of a decoder.
     """
     kind, asked = reads(view), recipe.evaluate
+    _check_width(recipe, kind)
     writes = kind == "text" and view.head is not None
     for name, part in (("perplexity", asked.perplexity), ("sample", asked.sample)):
         if part is not None and not writes:
@@ -97,6 +99,37 @@ def check_evaluation(view: ModelView, recipe: Recipe) -> None:
             why="the model reads images",
             hint="give `noise`, or a .safetensors file with `pixel_values`",
         )
+
+
+def removes_hidden(recipe: Recipe) -> bool:
+    """Whether a recipe makes the residual stream narrower."""
+    return any(step.remove == HIDDEN for step in recipe.steps) or HIDDEN in (
+        recipe.learn.remove if recipe.learn else ()
+    )
+
+
+def _check_width(recipe: Recipe, kind: Reads) -> None:
+    """Fails where hidden states of two widths would be compared.
+
+    Raises:
+        UsageError: naming the section.
+    """
+    if not removes_hidden(recipe):
+        return
+    heal = recipe.heal
+    distils = heal is not None and heal.method == "distill" and (kind == "sentences" or heal.knobs.get("hidden"))
+    wrong = {
+        "evaluate.embedding": (
+            recipe.evaluate.embedding is not None,
+            "measure by `evaluate.tasks`, such as `similarity`",
+        ),
+        "repair": (recipe.repair is not None, "leave it out"),
+        "heal": (distils, "learn from the text alone, or from logits, where the model writes text"),
+    }
+    for name, (asked, hint) in wrong.items():
+        if asked:
+            why = "it compares hidden states of the dense model with narrower ones"
+            raise UsageError(f"`{name}` does not go with the removal of hidden channels", why=why, hint=hint)
 
 
 def device_of(recipe: Recipe) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prunekit.scores._weights import CheckpointWeights, Weights
-from prunekit.surgery.slices import cuts_of, take
+from prunekit.surgery.slices import cuts_of, hidden_of, take
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,15 +22,15 @@ def reading(view: ModelView, plan: Plan) -> Weights:
         plan: cuts that are not carried out yet.
     """
     plain = CheckpointWeights(view.checkpoint)
-    cuts = cuts_of(plan)
-    if not cuts:
+    cuts, hidden = cuts_of(plan), hidden_of(plan)
+    if not cuts and not hidden:
         return plain
     owners = {
-        ref.name: (ref, view.sizes(sublayer), cuts[sublayer.address])
+        ref.name: (ref, view.sizes(sublayer), {**cuts.get(sublayer.address, {}), **hidden})
         for sublayer in view.sublayers
-        if sublayer.address in cuts
+        if sublayer.address in cuts or hidden
         for ref in sublayer.tensors
-    }
+    } | {ref.name: (ref, {}, hidden) for ref in view.outer if hidden}
 
     def read(name: str) -> Tensor:
         tensor = plain(name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prunekit.plan.cost import kept_experts, kept_widths
+from prunekit.plan.cost import kept_experts, kept_hidden, kept_widths
 from prunekit.structure.architecture import dim_size
-from prunekit.structure.view import Block, ModelView, SubLayer
+from prunekit.structure.view import HIDDEN, Block, ModelView, SubLayer
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
@@ -19,14 +19,19 @@ def after(view: ModelView, plan: Plan) -> ModelView:
     Its `checkpoint` is still the one before the cut, so weights read through it have their old shapes.
     """
     blocks = tuple(Block(b.index, _left(view, b.attention, plan), _left(view, b.ffn, plan)) for b in view.blocks)
-    return replace(view, blocks=blocks)
+    narrow = kept_hidden(view, plan)
+    outer = tuple(
+        replace(ref, shape=tuple(narrow if d == (HIDDEN,) else n for d, n in zip(ref.layout, ref.shape, strict=True)))
+        for ref in view.outer
+    )
+    return replace(view, blocks=blocks, outer=outer, hidden=narrow)
 
 
 def _left(view: ModelView, sublayer: SubLayer | None, plan: Plan) -> SubLayer | None:
     if sublayer is None or sublayer.address in plan.drop:
         return None
     widths = kept_widths(sublayer, plan)
-    sizes = {**view.sizes(sublayer), **widths}
+    sizes = {**view.sizes(sublayer), **widths, HIDDEN: kept_hidden(view, plan)}
     experts = kept_experts(sublayer, plan)
     tensors = tuple(
         replace(

@@ -11,7 +11,7 @@ from prunekit.core.rounding import n_keep, rounded_keep
 from prunekit.plan.budget import Target, protected
 from prunekit.plan.plan import Plan
 from prunekit.search._candidates import candidates
-from prunekit.structure.view import WIDTHS
+from prunekit.structure.view import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Budget
@@ -44,7 +44,7 @@ def allocate(source: ModelView, view: ModelView, kind: str, scored: Sequence[Sco
     if not units:
         raise PlanError(f"there are no {kind} to remove")
     safe = protected(budget.protect, units)
-    if kind in WIDTHS:
+    if kind in WIDTHS or kind == HIDDEN:
         if budget.within == "group":
             keep = _alike(source, view, kind, scored, budget, safe)
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from prunekit.checkpoint.reader import ITEM_BYTES
 from prunekit.core.errors import PlanError
 from prunekit.structure.architecture import dim_size
-from prunekit.structure.view import WIDTHS
+from prunekit.structure.view import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
@@ -43,17 +43,17 @@ class Cost:
 def cost(view: ModelView, plan: Plan | None = None) -> Cost:
     """Cost of a model, or of what a plan leaves of it."""
     left = [
-        (sublayer, kept_widths(sublayer, plan))
+        (sublayer, {**kept_widths(sublayer, plan), HIDDEN: kept_hidden(view, plan)})
         for sublayer in view.sublayers
         if plan is None or sublayer.address not in plan.drop
     ]
     parts = [part for sublayer, widths in left for part in _counts(view, sublayer, widths)]
-    outer = [(ref, math.prod(ref.shape)) for ref in view.outer]
+    outer = [(ref, _outer_count(view, ref, plan)) for ref in view.outer]
     outer_matrices = [ref for ref in (view.head, view.projection) if ref is not None]
     return Cost(
         params=sum(count for _, count in (*parts, *outer)),
         block_params=sum(count for _, count in parts),
-        flops_per_token=_flops(view, parts) + sum(2 * math.prod(ref.shape) for ref in outer_matrices),
+        flops_per_token=_flops(view, parts) + sum(2 * _outer_count(view, r, plan) for r in outer_matrices),
         kv_bytes_per_token=sum(_kv_bytes(view, sublayer, widths) for sublayer, widths in left),
         weight_bytes=sum(count * ITEM_BYTES[ref.dtype] for ref, count in (*parts, *outer)),
     )
@@ -72,25 +72,29 @@ def unit_cost(view: ModelView, address: str, of: str) -> float:
     if of == "units":
         return 1.0
     owner, kind = _owner(address)
+    if owner == HIDDEN:
+        less = {HIDDEN: view.hidden - 1}
+        return sum(sublayer_cost(view, s, of) - sublayer_cost(view, s, of, less) for s in view.sublayers)
     if kind:
         sublayer = view.sublayer(owner)
         axis = WIDTHS[kind][1]
-        return _sublayer_cost(view, sublayer, of) - _sublayer_cost(
-            view, sublayer, of, {axis: sublayer.widths[axis] - 1}
-        )
+        return sublayer_cost(view, sublayer, of) - sublayer_cost(view, sublayer, of, {axis: sublayer.widths[axis] - 1})
     parts = [s for s in view.sublayers if s.address == address or s.address.rpartition(".")[0] == address]
     if not parts:
         raise PlanError(f"the model has no `{address}`")
-    return float(sum(_sublayer_cost(view, sublayer, of) for sublayer in parts))
+    return float(sum(sublayer_cost(view, sublayer, of) for sublayer in parts))
 
 
 def _owner(address: str) -> tuple[str, str]:
     """Sub-layer and width kind of a width unit's address; the address itself and "" for a whole unit."""
     parts = address.split(".")
+    if parts[0] == HIDDEN:
+        return HIDDEN, HIDDEN
     return (".".join(parts[:-2]), parts[-2]) if len(parts) >= 3 and parts[-2] in WIDTHS else (address, "")
 
 
-def _sublayer_cost(view: ModelView, sublayer: SubLayer, of: str, changed: Mapping[str, int] | None = None) -> float:
+def sublayer_cost(view: ModelView, sublayer: SubLayer, of: str, changed: Mapping[str, int] | None = None) -> float:
+    """What a sub-layer costs when some of its axes have other sizes; `of` as for `unit_cost`."""
     widths = {**sublayer.widths, **(changed or {})}
     if of == "params":
         return sum(count for _, count in _counts(view, sublayer, widths))
@@ -99,6 +103,18 @@ def _sublayer_cost(view: ModelView, sublayer: SubLayer, of: str, changed: Mappin
     if of == "kv_bytes":
         return _kv_bytes(view, sublayer, widths)
     raise PlanError(f"shapes do not tell `{of}`", hint="use params, flops or kv_bytes")
+
+
+def kept_hidden(view: ModelView, plan: Plan | None) -> int:
+    """Width of the residual stream after a plan."""
+    kept = plan.keep.get(HIDDEN) if plan is not None else None
+    return view.hidden if kept is None else len(kept)
+
+
+def _outer_count(view: ModelView, ref: TensorRef, plan: Plan | None) -> int:
+    """Weights of a tensor outside blocks after a plan."""
+    narrow = kept_hidden(view, plan)
+    return math.prod(narrow if dim == (HIDDEN,) else size for dim, size in zip(ref.layout, ref.shape, strict=True))
 
 
 def kept_widths(sublayer: SubLayer, plan: Plan | None) -> dict[str, int]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from prunekit.core.errors import PlanError
 from prunekit.modeling.families import hetero_families
-from prunekit.plan.cost import kept_widths
+from prunekit.plan.cost import kept_hidden, kept_widths
 from prunekit.plan.layer_fields import refusal, ties
-from prunekit.structure.view import WIDTHS
+from prunekit.structure.view import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
@@ -58,6 +58,7 @@ def choose_layout(view: ModelView, plan: Plan, wanted: str = "auto") -> Layout:
     if view.model_type not in hetero_families():
         known = ", ".join(hetero_families())
         raise PlanError(f"`{view.model_type}` cannot have blocks that differ", why=reason, hint=f"known are: {known}")
+    _require_hidden(view, plan)
     there = {sublayer.address for sublayer in left}
     pairs = tuple(
         (
@@ -67,6 +68,16 @@ def choose_layout(view: ModelView, plan: Plan, wanted: str = "auto") -> Layout:
         for i in range(len(view.blocks))
     )
     return Layout("heterogeneous", pairs, reason)
+
+
+def _require_hidden(view: ModelView, plan: Plan) -> None:
+    """Makes sure that a configuration can say a narrower residual stream."""
+    heads = view.widths["attention"]["kv"] * view.widths["attention"]["rep"]
+    narrow = kept_hidden(view, plan)
+    if HIDDEN in plan.keep and "head_width" in view.arch.keys and narrow % heads:
+        why = f"its configuration wants a hidden width that {heads} heads divide"
+        hint = f"use `multiple_of: {heads}`"
+        raise PlanError(f"`{view.model_type}` cannot have {narrow} hidden channels", why=why, hint=hint)
 
 
 def _stock(view: ModelView, plan: Plan, left: list[SubLayer]) -> tuple[Layout | None, str]:
@@ -90,6 +101,8 @@ def _unequal(view: ModelView, plan: Plan, left: list[SubLayer]) -> str:
         if odd is not None:
             return f"blocks have unequal widths: {_text(found[0])} and {_text(found[odd])}"
     changed = _changed(view, plan, left)
+    if HIDDEN in plan.keep and "head_width" not in view.arch.keys:
+        return f"the configuration of `{view.model_type}` ties the width of heads to the hidden width"
     unsayable = [kind for kind, (_, axis) in WIDTHS.items() if axis in changed and kind not in view.arch.stock_widths]
     if unsayable:
         return f"the configuration of `{view.model_type}` ties {unsayable[0]} to the hidden width"
@@ -113,11 +126,11 @@ def _text(widths: dict[str, int]) -> str:
 def _config_limit(view: ModelView, plan: Plan, left: list[SubLayer]) -> str:
     """What in the configuration forbids other numbers of heads in a stock model, "" where nothing does."""
     widths = kept_widths(left[0], plan)
-    heads = widths["kv"] * widths["rep"]
-    if not _changed(view, plan, left) & {"kv", "rep"}:
+    heads, hidden = widths["kv"] * widths["rep"], kept_hidden(view, plan)
+    if not _changed(view, plan, left) & {"kv", "rep"} and HIDDEN not in plan.keep:
         return ""
-    if view.hidden % heads:
-        return f"the stock class wants a hidden width ({view.hidden}) that {heads} heads divide"
+    if hidden % heads:
+        return f"the stock class wants a hidden width ({hidden}) that {heads} heads divide"
     rope = view.text.get("rope_parameters") or view.text.get("rope_scaling") or {}
     if isinstance(rope, dict) and rope.get("short_factor"):
         return "the stock class checks the factors of rotary positions by the number of heads"

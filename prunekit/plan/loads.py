@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import PlanError
 from prunekit.modeling.families import auto_class
-from prunekit.plan.cost import kept_widths
+from prunekit.plan.cost import kept_hidden, kept_widths
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
+from prunekit.structure.view import HIDDEN
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView, SubLayer
@@ -184,9 +185,9 @@ def changed_kinds(view: ModelView, plan: Plan) -> frozenset[str]:
     for sublayer in _left(view, plan):
         widths = kept_widths(sublayer, plan)
         if sublayer.kind == "attention":
-            cut = any(widths[axis] != sublayer.widths[axis] for axis in ("kv", "rep"))
+            cut = HIDDEN in plan.keep or any(widths[axis] != sublayer.widths[axis] for axis in ("kv", "rep"))
             # The dense model itself may have heads that do not make up the hidden width.
-            if cut and widths["kv"] * widths["rep"] * widths["hd"] != view.hidden:
+            if cut and widths["kv"] * widths["rep"] * widths["hd"] != kept_hidden(view, plan):
                 found.add("heads")
         else:
             names = {"ffn": "neurons", "experts": "experts"}

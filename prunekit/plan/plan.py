@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import PlanError
-from prunekit.structure.view import WIDTHS
+from prunekit.structure.view import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
@@ -23,7 +23,8 @@ class Plan:
         drop: addresses of the sub-layers that go whole, in execution order.
         keep: positions that stay, ascending, by `blocks.3.ffn.neurons`, `blocks.3.attention.kv_groups` or
             `blocks.3.attention.query_heads` (positions inside a KV group, the same in every group); `neurons` of an
-            FFN with experts are positions inside an expert, the same in every expert.
+            FFN with experts are positions inside an expert, the same in every expert. `hidden` holds the channels of
+            the residual stream.
         model: what the plan was made for: model type, and the widths of every block.
     """
 
@@ -74,6 +75,8 @@ class Plan:
         if owner in self.drop:
             raise PlanError(f"the plan narrows `{address}` and drops `{owner}`", hint="it can only do one of them")
         width = _width(view, address)
+        if address == HIDDEN:
+            view.hidden_rule()
         if kind in view.arch.fixed and len(kept) < width:
             raise PlanError(f"`{address}` cannot be narrowed", why=view.arch.fixed[kind])
         if kind == "experts" and 0 < len(kept) < min(view.active_experts, width):
@@ -135,6 +138,8 @@ def signature(view: ModelView) -> dict[str, Any]:
 def _width(view: ModelView, address: str) -> int:
     """Units there are at a width address."""
     owner, _, kind = address.rpartition(".")
+    if address == HIDDEN:
+        return view.hidden
     found = next((sublayer for sublayer in view.sublayers if sublayer.address == owner), None)
     if found is None or kind not in WIDTHS or WIDTHS[kind][1] not in found.widths:
         raise PlanError(f"the plan narrows `{address}`, which the model does not have")

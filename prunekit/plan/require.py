@@ -15,7 +15,7 @@ from prunekit.plan.layout import choose_layout
 from prunekit.plan.loads import Place, places, runtimes
 from prunekit.plan.plan import Plan
 from prunekit.search._candidates import take_turns
-from prunekit.structure.view import WIDTHS
+from prunekit.structure.view import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe, Step
@@ -41,7 +41,7 @@ def rehearse(recipe: Recipe, view: ModelView) -> None:
         try:
             plan = plan.then(view, _stand_in(obeying, view, plan))
         except PlanError as error:
-            if step.remove not in WIDTHS:
+            if step.remove not in WIDTHS and step.remove != HIDDEN:
                 # Which whole units go may decide whether a budget is reached.
                 return
             why = f"{error.why}; `require` asks for multiples of {obeying.budget.multiple_of}"

@@ -21,7 +21,8 @@ class Magnitude:
 
     The mean runs over all matrix weights of a unit, so that large and small units compare. A neuron owns a row of each
     matrix that leads to it and a column of the one that leads away; a KV group owns its rows of the query, key and
-    value projections and its columns of the output projection. Weights 3, -4, 0, 0 score 1.75 by l1 and 2.5 by l2.
+    value projections and its columns of the output projection; a hidden channel its row or column of every matrix
+    that reads or writes the residual stream, embeddings included. Weights 3, -4, 0, 0 score 1.75 by l1 and 2.5 by l2.
 
     Args:
         norm: `l1` takes the mean of absolute values, `l2` the root of the mean of squares.
@@ -38,6 +39,7 @@ class Magnitude:
         "kv_groups",
         "neurons",
         "experts",
+        "hidden",
     )
     needs: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = (

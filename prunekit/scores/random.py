@@ -34,6 +34,7 @@ class Random:
         "kv_groups",
         "neurons",
         "experts",
+        "hidden",
     )
     needs: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""

@@ -26,7 +26,8 @@ class Pattern:
     """A tensor of an architecture.
 
     Args:
-        layout: for each dimension the axes it factors into, outermost first; None where any shape will do.
+        layout: for each dimension the axes it factors into, outermost first, `...` at the end for any others; None
+            where any shape will do.
         optional: whether a checkpoint may lack it.
     """
 
@@ -57,6 +58,24 @@ class Periodic:
 
 
 @dataclass(frozen=True)
+class HiddenRule:
+    """How the residual stream of an architecture can be made narrower.
+
+    Args:
+        model_types: for which that is known.
+        norm: `rms`, whose root mean square would run over fewer channels, so that the stream is scaled to keep it; or
+            `layer`, which normalises over the channels that stay.
+        writes: tensors outside blocks that begin the stream, by pattern.
+        last: the norm before the head, by pattern, "" where there is none.
+    """
+
+    model_types: tuple[str, ...]
+    norm: Literal["rms", "layer"]
+    writes: tuple[str, ...] = ()
+    last: str = ""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One file of `archs/`; with `like` what it does not say is as in another.
 
@@ -69,7 +88,8 @@ class Architecture:
         decoder: whether it keeps keys and values of earlier tokens.
         keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn, or
             ffn_multiple where it gives the FFN's width as a multiple of the hidden width, and for experts: experts,
-            active_experts, dense_ffn. Several names, apart by a space, are tried in order.
+            active_experts, dense_ffn; embedding, where embeddings may be narrower than the hidden width. Several names,
+            apart by a space, are tried in order.
         section: key of the configuration's part that describes the blocks, "" where the whole does; a configuration
             without that part does so itself.
         defaults: by model type of that part, what holds where it does not say.
@@ -90,6 +110,7 @@ class Architecture:
         table: pattern of the token embedding, "" where there is none.
         projection: pattern of another matrix that every token passes outside blocks, "" where there is none.
         tied: model types whose head shares the token embedding where the configuration does not say.
+        hidden: how hidden channels are cut, None where that is not known.
     """
 
     name: str
@@ -115,6 +136,7 @@ class Architecture:
     table: str
     projection: str
     tied: tuple[str, ...]
+    hidden: HiddenRule | None = None
 
     def norm_of(self, config: Mapping[str, Any]) -> Norm:
         """How a configuration's sub-layers are normalised."""
@@ -234,6 +256,7 @@ _OPTIONAL: dict[str, Any] = {
     "tied": [],
     "shared_heads": False,
     "first_attention_stays": False,
+    "hidden": None,
 }
 
 
@@ -269,7 +292,15 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         table=data["table"],
         projection=data["projection"],
         tied=tuple(data["tied"]),
+        hidden=_hidden_rule(data["hidden"]),
     )
+
+
+def _hidden_rule(data: Mapping[str, Any] | None) -> HiddenRule | None:
+    if data is None:
+        return None
+    lists: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return HiddenRule(**lists)
 
 
 def _patterns(data: Mapping[str, Any]) -> dict[str, Pattern]:

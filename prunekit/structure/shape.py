@@ -37,17 +37,18 @@ class Shape:
     """
 
     def __init__(self, config: Mapping[str, Any], arch: Architecture) -> None:
-        self._config, self._arch = text_config(config, arch), arch
+        self.config, self._arch = text_config(config, arch), arch
+        section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
         self.blocks = self._number("blocks")
         self.hidden = self._number("hidden")
         self.heads = self._number("heads")
         self.kv_heads = self._number("kv_heads", self.heads)
-        self.head_width = self._number("head_width", self.hidden // self.heads)
+        built = (section or {}).get("built_hidden_size", self.hidden)
+        self.head_width = self._number("head_width", built // self.heads)
         self.ffn = self._number("ffn", self._number("ffn_multiple", 4) * self.hidden)
         self.dense_ffn = self._number("dense_ffn", self.ffn)
         self.experts = self._number("experts") if "experts" in arch.keys else 0
-        self.dense = arch.dense_blocks(self._config, self.blocks) if self.experts else frozenset(range(self.blocks))
-        section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
+        self.dense = arch.dense_blocks(self.config, self.blocks) if self.experts else frozenset(range(self.blocks))
         try:
             layers = (section or {}).get("per_layer_config") or {}
             self._layers: dict[int, Mapping[str, Any]] = {int(key): value for key, value in layers.items()}
@@ -56,8 +57,8 @@ class Shape:
             raise StructureError("`prunekit.per_layer_config` is damaged", at="config.json") from error
 
     def _number(self, role: str, default: int | None = None) -> int:
-        key = self._arch.key(role, self._config)
-        value = self._config.get(key)
+        key = self._arch.key(role, self.config)
+        value = self.config.get(key)
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import StructureError
-from prunekit.structure.architecture import PREFIX, Architecture, Layout, Norm, architecture, dim_size
+from prunekit.structure.architecture import PREFIX, Architecture, HiddenRule, Layout, Norm, architecture, dim_size
 from prunekit.structure.shape import SUBLAYER_KINDS, Shape, SublayerKind, text_config
 
 # Width kinds: the sub-layer they narrow, and the axis that is cut.
@@ -21,6 +21,8 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
     "neurons": ("ffn", "ffn"),
     "experts": ("ffn", "experts"),
 }
+# The kind that is one width of the whole model: channels of the residual stream.
+HIDDEN = "hidden"
 _PARTS = {"part": 3, "half": 2}
 
 
@@ -83,7 +85,7 @@ class Group:
     """Units of one kind in one place, which compete with each other.
 
     Args:
-        kind: `blocks`, `sublayers`, `attention`, `ffn`, `query_heads`, `kv_groups`, `neurons` or `experts`.
+        kind: `blocks`, `sublayers`, `attention`, `ffn`, `query_heads`, `kv_groups`, `neurons`, `experts` or `hidden`.
         address: the kind, or for widths the sub-layer and the kind: `blocks.3.ffn.neurons`.
         units: addresses of the units.
         members: tensors of each unit; for widths one entry, the tensors that all units share.
@@ -268,6 +270,10 @@ class ModelView:
             if not groups:
                 raise StructureError(f"`{self.model_type}` has no {kind}")
             return groups
+        if kind == HIDDEN:
+            self.hidden_rule()
+            units_of = tuple(f"{HIDDEN}.{i}" for i in range(self.hidden))
+            return (Group(HIDDEN, HIDDEN, units_of, (tuple(self.hidden_tensors()),), HIDDEN, {HIDDEN: self.hidden}),)
         units: list[tuple[str, tuple[SubLayer, ...]]]
         if kind == "blocks":
             units = [(f"blocks.{block.index}", block.sublayers) for block in self.blocks if block.sublayers]
@@ -275,6 +281,30 @@ class ModelView:
             units = [(s.address, (s,)) for s in self.sublayers if kind in ("sublayers", s.kind)]
         members = tuple(tuple(ref for part in parts for ref in part.tensors) for _, parts in units)
         return (Group(kind, kind, tuple(address for address, _ in units), members),)
+
+    def hidden_rule(self) -> HiddenRule:
+        """How hidden channels are cut.
+
+        Raises:
+            StructureError: where that is not known for the model, or one of its tensors.
+        """
+        rule = self.arch.hidden
+        if rule is None or self.model_type not in rule.model_types:
+            raise StructureError(
+                f"hidden channels of `{self.model_type}` cannot be cut", why="its norms and tables are not described"
+            )
+        blind = next((r for r in self.outer if any(dim == (f"d{i}",) for i, dim in enumerate(r.layout))), None)
+        if blind is not None:
+            why = f"which dimension of `{blind.name}` they are is not described"
+            raise StructureError("hidden channels cannot be cut", why=why)
+        return rule
+
+    def hidden_tensors(self) -> Iterator[TensorRef]:
+        """Tensors with a dimension of hidden channels; their other dimensions are taken whole."""
+        for ref in (*self.outer, *(ref for sublayer in self.sublayers for ref in sublayer.tensors)):
+            if (HIDDEN,) in ref.layout:
+                layout = tuple(dim if dim == (HIDDEN,) else (f"d{i}",) for i, dim in enumerate(ref.layout))
+                yield replace(ref, layout=layout)
 
     def _width_groups(self, kind: str) -> Iterator[Group]:
         owner, axis = WIDTHS[kind]
@@ -313,7 +343,11 @@ def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str) 
             at=info.file,
         )
     layout = pattern.layout or tuple((f"d{i}",) for i in range(len(info.shape)))
+    if layout and layout[-1] == ("...",):
+        layout = (*layout[:-1], *((f"rest{i}",) for i in range(len(layout), len(info.shape) + 1)))
     if pattern.layout is not None:
+        if "embedding" in arch.keys and arch.keys["embedding"] not in shape.config:
+            layout = tuple(("hidden",) if dim == ("embedding",) else dim for dim in layout)
         fixed = {"hidden": shape.hidden}
         wrong = len(layout) != len(info.shape) or any(
             dim[0] in fixed and size != fixed[dim[0]] for dim, size in zip(layout, info.shape, strict=True)

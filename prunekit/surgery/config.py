@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prunekit.core.errors import SurgeryError
-from prunekit.plan.cost import kept_widths
+from prunekit.plan.cost import kept_hidden, kept_widths
 from prunekit.plan.layer_fields import follow, refusal
 from prunekit.plan.layout import Layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.shape import SKIPS, SUBLAYER_KINDS
-from prunekit.structure.view import ModelView, SubLayer
+from prunekit.structure.view import HIDDEN, ModelView, SubLayer
 
 _CLASS_PREFIX = "Prunekit"
 
@@ -40,6 +40,7 @@ def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     config = _stock_base(view)
     changed, outside = follow(view, sources)
     changed |= {view.arch.keys["blocks"]: len(sources)}
+    changed |= _hidden(view, plan)
     changed |= _heads(view, _alike([view.blocks[a].attention for a, _ in sources], plan))
     changed |= _ffn(view, [view.blocks[f].ffn for _, f in sources], plan)
     config |= outside | _moved_pattern(view, sources)
@@ -101,6 +102,19 @@ def _alike(sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, int]:
     if different is not None:
         raise SurgeryError("a stock model needs blocks of one width", why=f"there are {found[0]} and {different}")
     return found[0]
+
+
+def _hidden(view: ModelView, plan: Plan) -> dict[str, Any]:
+    """A narrower residual stream, and the widths that a configuration would derive from it."""
+    if HIDDEN not in plan.keep:
+        return {}
+    arch, text = view.arch, view.text
+    changed = {arch.key("hidden", text): kept_hidden(view, plan)}
+    if text.get(arch.key("ffn", text)) is None:
+        changed[arch.key("ffn", text)] = view.widths["ffn"]["ffn"]
+    if "head_width" in arch.keys:
+        changed[arch.key("head_width", text)] = view.widths["attention"]["hd"]
+    return changed
 
 
 def _heads(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
@@ -169,9 +183,13 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
             layer |= _other_ffn(view, view.blocks[block].ffn, plan)
         if layer:
             layers[f"{block:0{digits}d}"] = layer
-    section = {"schema": 1, "base_model_type": view.model_type, "per_layer_config": layers}
+    section: dict[str, Any] = {"schema": 1, "base_model_type": view.model_type, "per_layer_config": layers}
+    if HIDDEN in plan.keep and "head_width" not in view.arch.keys:
+        # Its class divides this by the number of heads.
+        section["built_hidden_size"] = view.widths["attention"]["hd"] * view.text[view.arch.keys["heads"]]
+        section["hidden_size"] = kept_hidden(view, plan)
     fields = hetero_config_fields(view.model_type, _stock_classes(view))
-    return {**view.config, **fields, "prunekit": {**section, **_other_sections(view)}}
+    return {**view.config, **_hidden(view, plan), **fields, "prunekit": {**_other_sections(view), **section}}
 
 
 def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dict[str, int]:

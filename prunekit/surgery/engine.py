@@ -13,13 +13,14 @@ from prunekit.checkpoint.writer import OutTensor, Stored, disk_errors, write_wei
 from prunekit.core.errors import SurgeryError
 from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
-from prunekit.plan.cost import kept_experts
+from prunekit.plan.cost import kept_experts, kept_hidden
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView, SubLayer, TensorRef
 from prunekit.surgery.config import cut_config
-from prunekit.surgery.sidecar import model_files, write_model_files
-from prunekit.surgery.slices import cut_pieces, cut_shape, cuts_of
+from prunekit.surgery.hidden import scale
+from prunekit.surgery.sidecar import model_files, write_model_files, write_pooled_width
+from prunekit.surgery.slices import Keep, cut_pieces, cut_shape, cuts_of, hidden_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,7 @@ def apply(
     with disk_errors(folder):
         write_json(folder / "config.json", config)
         write_model_files(source, others, folder)
+        write_pooled_width(folder, view.hidden, kept_hidden(view, plan))
         if layout.kind == "heterogeneous":
             shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)
     return layout
@@ -96,10 +98,11 @@ def _tensors(
 ) -> Iterator[tuple[TensorRef, OutTensor]]:
     """Every tensor of the result beside the one it comes from."""
     cuts = cuts_of(plan)
+    narrow = hidden_of(plan)
     for ref in view.outer:
-        yield ref, OutTensor(ref.name, ref.dtype, ref.shape, _stored(view, ref))
+        yield ref, _outer(view, plan, ref, replaced.get(ref.name))
     for new, sublayer in _placed(view, layout):
-        sizes, keep = view.sizes(sublayer), cuts.get(sublayer.address, {})
+        sizes, keep = view.sizes(sublayer), {**cuts.get(sublayer.address, {}), **narrow}
         experts = kept_experts(sublayer, plan)
         for ref in sublayer.tensors:
             if ref.expert is not None and ref.expert not in experts:
@@ -109,9 +112,26 @@ def _tensors(
             if ref.name in replaced:
                 content = partial(iter, [replaced[ref.name]])
             elif any(axis in keep for dim in ref.layout for axis in dim):
-                content = partial(cut_pieces, view.checkpoint, ref, sizes, keep)
+                content = partial(_pieces, view, ref, sizes, keep, scale(view, plan, ref, sublayer) if narrow else 1.0)
             expert = None if ref.expert is None else experts[ref.expert]
             yield ref, OutTensor(view.arch.renumbered(ref.name, new, expert), ref.dtype, shape, content)
+
+
+def _outer(view: ModelView, plan: Plan, ref: TensorRef, replaced: Tensor | None) -> OutTensor:
+    """A tensor outside blocks; only hidden channels of it can go."""
+    keep = hidden_of(plan)
+    shape = cut_shape(ref.shape, ref.layout, {}, keep)
+    content: Stored | Callable[[], Iterator[Tensor]] = _stored(view, ref)
+    if replaced is not None:
+        content = partial(iter, [replaced])
+    elif any(axis in keep for dim in ref.layout for axis in dim):
+        content = partial(_pieces, view, ref, {}, keep, scale(view, plan, ref))
+    return OutTensor(ref.name, ref.dtype, shape, content)
+
+
+def _pieces(view: ModelView, ref: TensorRef, sizes: Mapping[str, int], keep: Keep, factor: float) -> Iterator[Tensor]:
+    for piece in cut_pieces(view.checkpoint, ref, sizes, keep):
+        yield piece if factor == 1 else (piece.double() * factor).to(piece.dtype)
 
 
 def _stored(view: ModelView, ref: TensorRef) -> Stored:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from prunekit.core.errors import SurgeryError
+from prunekit.core.files import write_json
 
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".py")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "COPYRIGHT", "USE_POLICY")
@@ -36,6 +38,17 @@ def write_model_files(source: Path, files: tuple[Path, ...], folder: Path) -> No
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target)
+
+
+def write_pooled_width(folder: Path, before: int, after: int) -> None:
+    """Tells the pooling of sentence-transformers, where there is one, of a narrower residual stream."""
+    for file in folder.glob("*/config.json") if after != before else ():
+        config = json.loads(file.read_text("utf-8"))
+        if isinstance(config, dict) and config.get("in_features") == before:
+            what = f"`{file.parent.name}` reads {before} hidden channels and cannot be cut"
+            raise SurgeryError(what, why="it belongs to the sentence encoder, not to the model")
+        if isinstance(config, dict) and config.get("word_embedding_dimension") == before:
+            write_json(file, {**config, "word_embedding_dimension": after})
 
 
 def _wanted(folder: Path) -> Iterator[Path]:

@@ -13,14 +13,15 @@ from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import SurgeryError
 from prunekit.plan.plan import Plan
 from prunekit.structure.architecture import Layout, dim_size, sections
-from prunekit.structure.view import WIDTHS, TensorRef
+from prunekit.structure.view import HIDDEN, WIDTHS, TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Keep = Mapping[str, Sequence[int]]
-# Head width and hidden width are never cut: softmax scale, rotary positions and norms depend on them.
-CUTTABLE = frozenset(axis for _, axis in WIDTHS.values())
+# Head width is never cut: softmax scale and rotary positions depend on it. What norms make of a cut hidden width is
+# for `surgery.hidden` to say.
+CUTTABLE = frozenset(axis for _, axis in WIDTHS.values()) | {HIDDEN}
 _PIECE_BYTES = 64 << 20
 
 
@@ -82,8 +83,13 @@ def cut_pieces(
             yield take(part, inner, sizes, keep)
 
 
+def hidden_of(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Hidden channels that stay as positions by axis; empty where all do."""
+    return {HIDDEN: tuple(plan.keep[HIDDEN])} if HIDDEN in plan.keep else {}
+
+
 def cuts_of(plan: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Positions that stay by axis, for each sub-layer that a plan narrows.
+    """Positions that stay by axis, for each sub-layer that a plan narrows; without those of hidden channels.
 
     Raises:
         SurgeryError: for a kind of width that the engine does not cut.
@@ -91,6 +97,8 @@ def cuts_of(plan: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     cuts: dict[str, dict[str, tuple[int, ...]]] = {}
     for group, kept in plan.keep.items():
         address, _, kind = group.rpartition(".")
+        if group == HIDDEN:
+            continue
         if kind not in WIDTHS:
             raise SurgeryError(f"`{group}` cannot be cut", why=f"widths are {', '.join(WIDTHS)}")
         cuts.setdefault(address, {})[WIDTHS[kind][1]] = tuple(kept)
@@ -108,7 +116,7 @@ def _selected(tensor: Tensor, place: int, positions: Sequence[int] | Tensor) -> 
 def _require_cuttable(keep: Keep) -> None:
     for axis in keep:
         if axis not in CUTTABLE:
-            why = "only KV groups, query heads, neurons and experts can go; other widths change what the rest computes"
+            why = "heads, KV groups, neurons, experts and hidden channels can go; other widths change what is left"
             raise SurgeryError(f"axis `{axis}` cannot be cut", why=why)
 
 

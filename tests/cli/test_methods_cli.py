@@ -40,7 +40,9 @@ def test_explain_shows_the_whole_card(role: str, name: str, capsys) -> None:
     assert f"{name}  {role}, {entry.status}\n" in text
     for knob in entry.knobs:
         assert knob.name in text
-    uses = {"metric": f"--metric {name}", "repair": f"repair: {{method: {name}", "heal": f"heal: {{method: {name}"}
+    sections = {"repair": "repair", "heal": "heal", "gate": "learn"}
+    uses = {role: f"{section}: {{method: {name}" for role, section in sections.items()}
+    uses["metric"] = f"--metric {name}"
     assert uses.get(role, f"by: {{{role}: {name}") in text
 
 

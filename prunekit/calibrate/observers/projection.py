@@ -1,4 +1,4 @@
-"""Mean and mean square of what enters the output projection of each sub-layer."""
+"""Mean, mean square and mean size of what enters the output projection of each sub-layer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+_MOMENTS = ("mean", "square", "size")
+
 
 class Projection:
     """Moments of every channel that enters an output projection, over all tokens that are not padding.
 
-    Keys: `projection/mean/<address>` and `projection/square/<address>` for every sub-layer, float32 [width]; width is
-    heads times head width for attention, neurons for an FFN.
+    Keys: `projection/mean/<address>`, `projection/square/<address>` and `projection/size/<address>`, the mean absolute
+    value, for every sub-layer, float32 [width]; width is heads times head width for attention, neurons for an FFN.
     """
 
     point: ClassVar[Literal["projection"]] = "projection"
@@ -25,7 +27,7 @@ class Projection:
         """Takes in one sub-layer; see `Observer`."""
         rows = before.flatten(0, -2) if mask is None else before[mask.to(before.device).bool()]
         wide = rows.double()
-        self._add(address, torch.stack([wide.sum(0), wide.square().sum(0)]).cpu(), rows.shape[0])
+        self._add(address, torch.stack([wide.sum(0), wide.square().sum(0), wide.abs().sum(0)]).cpu(), rows.shape[0])
 
     def flush(self) -> None:
         """Nothing to do: tokens are independent of each other."""
@@ -39,8 +41,8 @@ class Projection:
         """The moments by key."""
         found: dict[str, Tensor] = {}
         for address, sums in self._sums.items():
-            mean, square = (sums / max(1, self._counts[address])).float()
-            found |= {f"projection/mean/{address}": mean, f"projection/square/{address}": square}
+            for name, value in zip(_MOMENTS, (sums / max(1, self._counts[address])).float(), strict=True):
+                found[f"projection/{name}/{address}"] = value
         return found
 
     def _add(self, address: str, sums: Tensor, count: int) -> None:

@@ -25,6 +25,12 @@ def step(remove: str = "blocks", by: str = "{search: greedy}", budget: str = "{r
 
 
 # text, line, place, part of the message, part of why or hint
+
+
+def learn(method="vib", remove="[neurons]", budget="{remove: 0.2}", more="") -> str:
+    return f"learn: {{method: {method}, remove: {remove}, budget: {budget}{more}}}\n"
+
+
 ONE = {
     "unknown key": (GOOD + "modle: {}\n", 7, "modle", "unknown key `modle`", "did you mean `model`"),
     "unknown nested key": (step(budget="{remove: 0.2, off: params}"), 6, "steps.0.budget.off", "`off`", "`of`"),
@@ -122,6 +128,18 @@ ONE = {
                      "must be above 0", ""),
     "prompts without a teacher": (GOOD + "heal: {method: distill, data: [{data: a.txt, prompts: b.txt}]}\n", 7,
                                   "heal.data.0.prompts", "the teacher writes", "data: teacher"),
+    "misspelt gate": (GOOD + learn(method="vob"), 7, "learn.method", "no gate named `vob`", "`vib`"),
+    "kind that no gate learns": (GOOD + learn(remove="[experts]"), 7, "learn.remove.0", "`remove: experts`", "neurons"),
+    "kind twice": (GOOD + learn(remove="[ffn, ffn]"), 7, "learn.remove", "names ffn twice", "keep one"),
+    "kinds inside each other": (GOOD + learn(remove="[sublayers, ffn]"), 7, "learn.remove", "takes attention and FFN",
+                                "keep `sublayers`"),
+    "nothing to learn": (GOOD + learn(remove="[]"), 7, "learn.remove", "must not be empty", ""),
+    "budget of a gate": (GOOD + learn(budget="{of: params}"), 7, "learn.budget.remove", "`remove` is missing", ""),
+    "measure of a gate": (GOOD + learn(budget="{remove: 0.2, of: kv_bytes}"), 7, "learn.budget.of", "`of: kv_bytes`",
+                          "flops"),
+    "knob of a gate": (GOOD + learn(more=", gate_lt: 1"), 7, "learn.gate_lt", "unknown key `gate_lt`", "`gate_lr`"),
+    "passes of a gate": (GOOD + learn(more=", batch: 6, accumulate: 4"), 7, "learn.accumulate",
+                         "cannot be split into 4", "same number"),
     "runtime": (GOOD + "runtime: {}\n", 7, "runtime", "`runtime` is not built yet", "known here"),
     "rewire": (GOOD + "  - rewire: kv_heads\n    to: {groups: 1}\n", 7, "steps.1.rewire", "not built yet", "remove"),
     "vocab": (step("vocab"), 4, "steps.0.remove", "`remove: vocab` is not built yet", "kv_groups"),
