@@ -104,6 +104,7 @@ EXPECTATIONS: dict[str, Expectation] = {
     "embedding_cosine_min": Expectation("embedding_cosine", "min", "evaluate.embedding"),
     "prefill_tokens_s_min": Expectation("prefill_tokens_s", "min", "evaluate.latency"),
     "decode_tokens_s_min": Expectation("decode_tokens_s", "min", "evaluate.latency"),
+    "latency_ms_max": Expectation("latency_ms", "max"),
     "onnx_max_abs_diff": Expectation("onnx_max_abs_diff", "max", "export.formats"),
     "onnx_bytes_max": Expectation("onnx_bytes", "max", "export.formats"),
     "loads_stock": Expectation("loads_stock", "is"),
@@ -124,6 +125,9 @@ class Expect(Part):
     )
     prefill_tokens_s_min: StrictFloat | None = Field(default=None, gt=0, description="Needs `evaluate.latency`.")
     decode_tokens_s_min: StrictFloat | None = Field(default=None, gt=0, description="Needs `evaluate.latency`.")
+    latency_ms_max: StrictFloat | None = Field(
+        default=None, gt=0, description="Milliseconds of one pass; needs a budget with `latency_ms`."
+    )
     onnx_max_abs_diff: StrictFloat | None = Field(
         default=None, gt=0, description="Largest difference between ONNX Runtime and torch; needs the format `onnx`."
     )

@@ -14,6 +14,7 @@ from prunekit.core.errors import ExportError
 from prunekit.core.files import atomic_folder, require_free_folder, sha256_files, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
+from prunekit.pipeline.costs import measured_ms, onnx_device
 from prunekit.pipeline.healing import (
     REFERENCE_PARAMS,
     check_healing,
@@ -46,6 +47,7 @@ class Result:
         before: measurements of the model before the cut.
         after: the same for the result.
         cut: the same between cut and healing; empty where nothing was healed.
+        latency: a latency budget's target, what was predicted and what the written result took; empty without one.
         heal: what the healing says about itself; empty without one.
         expectations: each limit of `expect` with its value and whether it holds; where one does not, the manifest and
             the model card say so.
@@ -62,6 +64,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cut: Mapping[str, Any] = field(default_factory=dict)
     heal: Mapping[str, Any] = field(default_factory=dict)
+    latency: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -75,6 +78,7 @@ class Result:
             "before": dict(self.before),
             **({"cut": dict(self.cut), "heal": dict(self.heal)} if self.heal else {}),
             "after": dict(self.after),
+            **({"latency": dict(self.latency)} if self.latency else {}),
             "expectations": self.expectations,
             "verified": self.verified.to_json(),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
@@ -169,6 +173,8 @@ def _finish(
     measurer = Measurer(recipe, made.view, tokenizer, progress)
     dense = measurer.load(made.view.checkpoint.folder)
     before, after = _measured(measurer, made, dense, folder)
+    if made.latency and made.latency["on"] == "torch":
+        before["latency_ms"] = measured_ms(dense, made.latency["batch"], made.latency["tokens"])[0]
     clock.lap("measure")
     cut: dict[str, Any] = {}
     about: Mapping[str, Any] = {}
@@ -185,11 +191,18 @@ def _finish(
         talk("exporting to ONNX")
         after |= _exported(folder, progress)
         clock.lap("onnx")
+    latency = dict(made.latency)
+    if latency:
+        talk(f"measuring one pass of the result in {latency['on']}")
+        latency |= _kept_time(measurer, folder, latency)
+        after["latency_ms"] = latency["measured_ms"]
+        clock.lap("latency")
     talk("loading the result in fresh processes")
     verified = _verified(folder, reference, progress)
     clock.lap("verify")
     after["loads_stock"] = made.layout.kind != "heterogeneous"
-    result = Result(output, made, before, after, recipe.expect.judge(after), verified, clock.seconds, cut, about)
+    judged = recipe.expect.judge(after)
+    result = Result(output, made, before, after, judged, verified, clock.seconds, cut, about, latency)
     _write_story(recipe, folder, result, progress)
     return result
 
@@ -240,6 +253,23 @@ def _exported(folder: Path, progress: Progress) -> dict[str, Any]:
     return {"onnx_bytes": report.file_bytes, "onnx_max_abs_diff": report.max_abs_diff}
 
 
+def _kept_time(measurer: Measurer, folder: Path, latency: Mapping[str, Any]) -> dict[str, float]:
+    """What one pass of the written result takes, and how the prediction compares."""
+    model: Any
+    if latency["on"] == "onnxruntime":
+        from prunekit.evaluate.onnx import OnnxModel
+
+        model = OnnxModel(folder / ONNX, onnx_device(device_of(measurer.recipe)))
+    else:
+        model = measurer.load(folder)
+    fastest, middle = measured_ms(model, latency["batch"], latency["tokens"])
+    return {
+        "measured_ms": fastest,
+        "measured_p50_ms": middle,
+        "predicted_to_measured": latency["predicted_ms"] / fastest,
+    }
+
+
 def _verified(folder: Path, reference: Reference | None, progress: Progress) -> VerifyReport:
     """The checks in fresh processes.
 
@@ -286,7 +316,7 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
         "orders": [order.to_json() for order in made.orders],
         **({"repair": dict(made.repair)} if made.repair else {}),
         **{key: value for key, value in data.items() if key != "output"},
-        "notes": [*_notes(recipe), *notes_of(result.heal)],
+        "notes": [*_notes(recipe), *notes_of(result.heal), *_latency_notes(result.latency)],
     }
     write_json(folder / MANIFEST, manifest)
     write_report(folder)
@@ -321,3 +351,14 @@ def _notes(recipe: Recipe) -> list[str]:
         options = ", ".join(f"{key} {value}" for key, value in entry.options.items())
         notes.append(f"`{entry.task}`: {options or 'default options'}.")
     return notes
+
+
+def _latency_notes(latency: Mapping[str, Any]) -> list[str]:
+    if not latency:
+        return []
+    what = f"One pass of {latency['batch']} x {latency['tokens']} tokens in {latency['on']}"
+    return [
+        f"{what}: at most {latency['target_ms']:,.4g} ms asked for, {latency['predicted_ms']:,.4g} ms predicted from "
+        f"measured sub-layers, {latency['measured_ms']:,.4g} ms measured (fastest pass; predicted to measured "
+        f"{latency['predicted_to_measured']:.2f})."
+    ]

@@ -41,6 +41,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("embedding_cosine", "cosine to the dense embedding", ""),
     Measure("prefill_tokens_s", "prefill", "tokens/s"),
     Measure("decode_tokens_s", "decode", "tokens/s"),
+    Measure("latency_ms", "one pass, fastest", "ms"),
 )
 
 
