@@ -14,7 +14,7 @@ from prunekit.core.errors import ExportError
 from prunekit.core.files import atomic_folder, require_free_folder, sha256_files, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
-from prunekit.pipeline.costs import measured_ms, onnx_device
+from prunekit.pipeline.costs import onnx_device, pass_times
 from prunekit.pipeline.healing import (
     REFERENCE_PARAMS,
     check_healing,
@@ -162,6 +162,7 @@ def _finish(
     recipe: Recipe, made: Made, output: Path, folder: Path, progress: Progress, talk: Talk, clock: _Clock
 ) -> Result:
     """Cuts into `folder`, then measures, exports, verifies and reports."""
+    from prunekit.evaluate.onnx import OnnxModel
     from prunekit.surgery import engine
 
     talk(f"writing a {made.layout.kind} checkpoint")
@@ -173,8 +174,10 @@ def _finish(
     measurer = Measurer(recipe, made.view, tokenizer, progress)
     dense = measurer.load(made.view.checkpoint.folder)
     before, after = _measured(measurer, made, dense, folder)
-    if made.latency and made.latency["on"] == "torch":
-        before["latency_ms"] = measured_ms(dense, made.latency["batch"], made.latency["tokens"])[0]
+    latency = dict(made.latency)
+    if latency.get("on") == "torch":
+        # Healing changes no shape, and the dense model is at hand now.
+        latency |= pass_times(latency, measurer.load(folder), dense)
     clock.lap("measure")
     cut: dict[str, Any] = {}
     about: Mapping[str, Any] = {}
@@ -191,12 +194,12 @@ def _finish(
         talk("exporting to ONNX")
         after |= _exported(folder, progress)
         clock.lap("onnx")
-    latency = dict(made.latency)
-    if latency:
-        talk(f"measuring one pass of the result in {latency['on']}")
-        latency |= _kept_time(measurer, folder, latency)
-        after["latency_ms"] = latency["measured_ms"]
+    if latency.get("on") == "onnxruntime":
+        talk("measuring one pass of the result in ONNX Runtime")
+        latency |= pass_times(latency, OnnxModel(folder / ONNX, onnx_device(device_of(recipe))))
         clock.lap("latency")
+    if latency:
+        before["latency_ms"], after["latency_ms"] = latency.get("dense_measured_ms"), latency["measured_ms"]
     talk("loading the result in fresh processes")
     verified = _verified(folder, reference, progress)
     clock.lap("verify")
@@ -251,23 +254,6 @@ def _exported(folder: Path, progress: Progress) -> dict[str, Any]:
 
     report = export_onnx(folder, folder / ONNX, progress)
     return {"onnx_bytes": report.file_bytes, "onnx_max_abs_diff": report.max_abs_diff}
-
-
-def _kept_time(measurer: Measurer, folder: Path, latency: Mapping[str, Any]) -> dict[str, float]:
-    """What one pass of the written result takes, and how the prediction compares."""
-    model: Any
-    if latency["on"] == "onnxruntime":
-        from prunekit.evaluate.onnx import OnnxModel
-
-        model = OnnxModel(folder / ONNX, onnx_device(device_of(measurer.recipe)))
-    else:
-        model = measurer.load(folder)
-    fastest, middle = measured_ms(model, latency["batch"], latency["tokens"])
-    return {
-        "measured_ms": fastest,
-        "measured_p50_ms": middle,
-        "predicted_to_measured": latency["predicted_ms"] / fastest,
-    }
 
 
 def _verified(folder: Path, reference: Reference | None, progress: Progress) -> VerifyReport:
@@ -356,9 +342,14 @@ def _notes(recipe: Recipe) -> list[str]:
 def _latency_notes(latency: Mapping[str, Any]) -> list[str]:
     if not latency:
         return []
+    shares = ""
+    if "dense_measured_ms" in latency:
+        predicted = latency["predicted_ms"] / latency["dense_predicted_ms"]
+        measured = latency["measured_ms"] / latency["dense_measured_ms"]
+        shares = f"; of the dense model's time {predicted:.3f} predicted, {measured:.3f} measured"
     what = f"One pass of {latency['batch']} x {latency['tokens']} tokens in {latency['on']}"
     return [
         f"{what}: at most {latency['target_ms']:,.4g} ms asked for, {latency['predicted_ms']:,.4g} ms predicted from "
         f"measured sub-layers, {latency['measured_ms']:,.4g} ms measured (fastest pass; predicted to measured "
-        f"{latency['predicted_to_measured']:.2f})."
+        f"{latency['predicted_to_measured']:.2f}" + shares + ")."
     ]

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -176,19 +176,30 @@ def measure_costs(view: ModelView, asked: Pass, progress: Progress = NULL_PROGRE
     )
 
 
-def measured_ms(model: Any, batch: int, tokens: int, repeats: int = 10) -> tuple[float, float]:
-    """Milliseconds of the fastest pass of a model and of the median one; a pass that does not count comes first.
+def pass_times(latency: Mapping[str, Any], model: Any, dense: Any = None, repeats: int = 10) -> dict[str, float]:
+    """What one pass of a written result takes, and how the prediction compares.
 
     Args:
-        model: in eval mode, or an ONNX graph called as one.
-        batch: sequences.
-        tokens: in each.
-        repeats: passes at least.
+        latency: `batch`, `tokens` and `predicted_ms` of a plan.
+        model: the result, in eval mode, or its ONNX graph called as one.
+        dense: the model before the cut, which then takes turns with the result, so that a machine that slows down slows
+            both; None where it is not at hand.
+        repeats: passes of each at least; one that does not count comes first.
+    Returns:
+        `measured_ms` (the fastest pass), `measured_p50_ms`, `predicted_to_measured`, and with a dense model
+        `dense_measured_ms`.
     """
     from prunekit.evaluate.latency import one_pass
 
-    (took,) = _in_turn([one_pass(model, batch, tokens)[0]], repeats)
-    return 1e3 * min(took), 1e3 * statistics.median(took)
+    models = [model] if dense is None else [model, dense]
+    took = _in_turn([one_pass(one, latency["batch"], latency["tokens"])[0] for one in models], repeats)
+    fastest = 1e3 * min(took[0])
+    found = {
+        "measured_ms": fastest,
+        "measured_p50_ms": 1e3 * statistics.median(took[0]),
+        "predicted_to_measured": latency["predicted_ms"] / fastest,
+    }
+    return found if dense is None else {**found, "dense_measured_ms": 1e3 * min(took[1])}
 
 
 def environment(asked: Pass) -> dict[str, Any]:

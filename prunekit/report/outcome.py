@@ -53,6 +53,7 @@ def _latency(latency: Mapping[str, Any]) -> Table:
     table.add_column("ms", justify="right")
     names = {
         "dense_predicted_ms": "dense, by the cost table",
+        "dense_measured_ms": "dense, measured, fastest pass",
         "target_ms": "asked for at most",
         "predicted_ms": "predicted",
         "measured_ms": "measured, fastest pass",
@@ -63,6 +64,10 @@ def _latency(latency: Mapping[str, Any]) -> Table:
             table.add_row(name, f"{latency[key]:,.4g}")
     if "predicted_to_measured" in latency:
         table.add_row("predicted to measured", f"{latency['predicted_to_measured']:.3f}")
+    if "dense_measured_ms" in latency:
+        for side in ("predicted", "measured"):
+            share = latency[f"{side}_ms"] / latency[f"dense_{side}_ms"]
+            table.add_row(f"share of the dense model's time, {side}", f"{share:.3f}")
     return table
 
 

@@ -51,9 +51,7 @@ def budget(**fields: Any) -> Budget:
 
 def scores(view: ModelView, kind: str, value: Callable[[int, int], float]) -> list[Scored]:
     """Scores of every group of a kind by the numbers of group and unit."""
-    return [
-        Scored(group, [value(g, u) for u in range(len(group.units))]) for g, group in enumerate(view.groups(kind))
-    ]
+    return [Scored(group, [value(g, u) for u in range(len(group.units))]) for g, group in enumerate(view.groups(kind))]
 
 
 def test_prediction_adds_up_sublayers_and_the_rest(view: ModelView, table: CostTable) -> None:
