@@ -6,9 +6,10 @@
     python benchmarks/evaluation.py prediction --out benchmarks/results/evaluation.jsonl      # on a quiet machine
 
 agreement: perplexity by windows that each see one token before those they score, as the harness rolls over a text, and
-multiple choice and last words, on the same rows. overhead: seconds outside the forward passes of the model, as a share of
-the task, processor time beside wall time since other work does not lengthen it; with the harness installed, its time
-for the same rows too. repeatability: the median of a latency task, in as many fresh processes as --rounds says.
+multiple choice and last words, on the same rows; seconds of both sides, theirs with what the harness sets up.
+overhead: seconds outside the model's own forward passes, as a share of the task; processor time beside wall time, since
+other work does not lengthen it.
+repeatability: the median of a latency task, in as many fresh processes as --rounds says.
 prediction: one pass of cut models beside what a cost table says, the dense model taking turns with each.
 """
 

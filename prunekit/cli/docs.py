@@ -53,6 +53,7 @@ _SECTIONS = (
     ("HealText", "heal.data"),
     ("Evaluate", "evaluate"),
     ("Perplexity", "evaluate.perplexity"),
+    ("KL", "evaluate.kl"),
     ("Embedding", "evaluate.embedding"),
     ("Latency", "evaluate.latency"),
     ("Sample", "evaluate.sample"),

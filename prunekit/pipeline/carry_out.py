@@ -25,7 +25,7 @@ from prunekit.pipeline.healing import (
     work_folder,
 )
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
-from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
+from prunekit.pipeline.measure import Measurer, kl_windows, sections_of, subject_of, tasks_of
 from prunekit.pipeline.repair import as_stored, put_into, repair_inputs, with_repair
 from prunekit.plan.loads import loads
 
@@ -150,11 +150,13 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     repair_inputs(recipe, view)
     subject = subject_of(recipe, view, tokenizer)
     check([(subject, sections_of(recipe)), (subject, tasks_of(recipe))])
+    if recipe.evaluate.kl is not None:
+        kl_windows(subject, recipe.evaluate.kl)
 
 
 def _needs_tokenizer(recipe: Recipe) -> bool:
     asked = recipe.evaluate
-    parts = (asked.perplexity, asked.embedding, asked.sample, asked.tasks, recipe.heal)
+    parts = (asked.perplexity, asked.kl, asked.embedding, asked.sample, asked.tasks, recipe.heal)
     return any(part is not None for part in parts)
 
 
@@ -325,6 +327,10 @@ def _notes(recipe: Recipe) -> list[str]:
         p = asked.perplexity
         stride = f", a window every {p.stride_tokens}" if p.stride_tokens else ""
         notes.append(f"Perplexity: {p.sequences} windows of {p.length_tokens} tokens of `{Path(p.data).name}`{stride}.")
+    if asked.kl is not None:
+        k = asked.kl
+        where = f"{k.sequences} windows of {k.length_tokens} tokens of `{Path(k.data).name}`"
+        notes.append(f"KL: mean over the tokens of {where}, against the model before the cut.")
     if asked.embedding is not None:
         e = asked.embedding
         notes.append(f"Cosine: {e.sequences} inputs of `{Path(e.data).name}`, against the model before the cut.")

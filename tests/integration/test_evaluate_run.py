@@ -144,6 +144,33 @@ def test_image_model_is_probed(tmp_path: Path) -> None:
     assert found == {"dev.knn": 1.0, "dev.linear": 1.0}
 
 
+def test_image_classifier_is_judged_by_its_head(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = write_tiny("vit", tmp_path / "vit")
+    subject = opened(folder)
+    colours = [(200, 10, 30), (10, 220, 40), (90, 90, 90), (0, 0, 250)]
+    scaled = [[(c / 255 - 0.5) / 0.5 for c in colour] for colour in colours]
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    images = torch.tensor(scaled)[:, :, None, None].expand(-1, 3, 16, 16)
+    with torch.no_grad():
+        logs = subject.model(pixel_values=images).logits.double().log_softmax(-1)
+    # By name and by number: the first two images are said to be what the model says, the others to be something else.
+    said = [(best + (n > 1)) % 5 for n, best in enumerate(logs.argmax(-1).tolist())]
+    for n, (colour, number) in enumerate(zip(colours, said, strict=True)):
+        label = f"LABEL_{number}" if n == 0 else str(number)
+        (tmp_path / "dev" / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "dev" / label / f"{n}.png")
+    (found,) = run(folder, tmp_path, f"classify:{tmp_path / 'dev'}")
+    assert found.figures["acc"].value == 0.5
+    expected = [-float(logs[n, number]) for n, number in enumerate(said)]
+    assert sorted(found.figures["answer_nll"].examples[0]) == pytest.approx(sorted(expected), rel=1e-4)
+    (tmp_path / "dev" / "zebra").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "dev" / "zebra" / "0.png")
+    with pytest.raises(UsageError, match="no class `zebra`"):
+        check([(opened(folder), [parse_task(f"classify:{tmp_path / 'dev'}")])])
+
+
 @pytest.mark.slow
 def test_compare_says_where_models_part(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
