@@ -268,8 +268,8 @@ def prediction(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dense = opened(view.checkpoint.folder)
     for name, plan in plans.items():
         with tempfile.TemporaryDirectory() as place:
-            engine.apply(view, plan, Path(place) / "cut", layout=choose_layout(view, plan))
-            cut = opened(Path(place) / "cut")
+            engine.apply(view, plan, Path(place), layout=choose_layout(view, plan))
+            cut = opened(Path(place))
         predicted = table.predict(view, plan)
         given = {"batch": asked.batch, "tokens": asked.tokens, "predicted_ms": predicted}
         times = pass_times(given, cut, dense, arguments.repeats)

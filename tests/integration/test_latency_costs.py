@@ -145,6 +145,7 @@ def test_prediction_of_a_real_model_comes_near(tmp_path: Path, cache: Path) -> N
     view = ModelView.open(resolve("all-minilm-l6-v2").folder)
     table = costs_module.measure_costs(view, Pass(batch=2, tokens=64, repeats=60, widths=()))
     plan = Plan.make(view, [f"blocks.{i}.{kind}" for i, kind in ((1, "attention"), (2, "ffn"), (4, "ffn"))])
+    (tmp_path / "cut").mkdir()
     engine.apply(view, plan, tmp_path / "cut", layout=choose_layout(view, plan))
     asked = {"batch": 2, "tokens": 64, "predicted_ms": table.predict(view, plan)}
     dense, cut = load_model(view.checkpoint.folder), load_model(tmp_path / "cut")
