@@ -164,7 +164,6 @@ def _finish(
     recipe: Recipe, made: Made, output: Path, folder: Path, progress: Progress, talk: Talk, clock: _Clock
 ) -> Result:
     """Cuts into `folder`, then measures, exports, verifies and reports."""
-    from prunekit.evaluate.onnx import OnnxModel
     from prunekit.surgery import engine
 
     talk(f"writing a {made.layout.kind} checkpoint")
@@ -197,6 +196,8 @@ def _finish(
         after |= _exported(folder, progress)
         clock.lap("onnx")
     if latency.get("on") == "onnxruntime":
+        from prunekit.evaluate.onnx import OnnxModel
+
         talk("measuring one pass of the result in ONNX Runtime")
         latency |= pass_times(latency, OnnxModel(folder / ONNX, onnx_device(device_of(recipe))))
         clock.lap("latency")

@@ -268,12 +268,11 @@ def _without_spare(
     drop = [unit for step in spare(steps, target) for unit in step.units]
     left = [sublayer.address for sublayer in view.sublayers]
     turned, turns = (take_turns(unit for unit in left if unit not in gone) for gone in (whole, drop))
-    closer = not hasattr(evaluator, "whole") or (
-        evaluator.mean(evaluator.whole([frozenset(drop)])[0]) <= steps[-1].distance
-    )
-    if set(drop) == set(whole) or (turned and not turns) or not closer:
+    if set(drop) == set(whole) or (turned and not turns):
         return whole, []
-    return drop, [unit for unit in whole if unit not in drop]
+    if isinstance(evaluator, _Shapes) or evaluator.mean(evaluator.whole([frozenset(drop)])[0]) <= steps[-1].distance:
+        return drop, [unit for unit in whole if unit not in drop]
+    return whole, []
 
 
 def _evaluator(bench: Bench, safe: frozenset[str], costs: UnitCost) -> Any:
