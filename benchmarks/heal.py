@@ -1,7 +1,8 @@
-"""Perplexity before, after the cut, after the repair and after healing, as JSON lines.
+"""Figures before, after the cut, after the repair and after healing, as JSON lines.
 
     python benchmarks/heal.py --minutes 3 --out benchmarks/results/heal.jsonl
     python benchmarks/heal.py --train lora --lr 5e-4 --data wikitext2
+    python benchmarks/heal.py --data teacher@wikitext2=14 wikitext2 --task multiple_choice:arc_easy --task copying
 
 One search serves all rows: its order is replayed. Each row is a run of the pipeline, so what is measured was written,
 loaded in fresh processes and checked. Calibration, repair and healing see text that evaluation does not.
@@ -21,13 +22,27 @@ from typing import Any
 
 def base(given: argparse.Namespace, by: dict[str, Any]) -> dict[str, Any]:
     """A recipe without repair and healing."""
+    from prunekit.evaluate.specs import parse_task
+
+    asked = [parse_task(text) for text in given.task]
+    tasks = [{"task": task.name, "name": task.label, **task.options()} for task in asked]
     return {
         "schema": 1,
         "model": {"source": given.source, "device": given.device},
         "calibrate": {"sequences": given.calibrate, "length_tokens": 256},
         "steps": [{"remove": "sublayers", "by": by, "budget": {"remove": given.remove, "of": "params"}}],
-        "evaluate": {"perplexity": {"sequences": given.sequences, "length_tokens": given.length}},
+        "evaluate": {
+            "perplexity": {"sequences": given.sequences, "length_tokens": given.length},
+            **({"tasks": tasks} if tasks else {}),
+        },
     }
+
+
+def text(spec: str) -> dict[str, Any]:
+    """A text of the mixture: `NAME[=WEIGHT]`, or `teacher@PROMPTS[=WEIGHT]` where the teacher goes on from prompts."""
+    name, _, weight = spec.partition("=")
+    data, _, prompts = name.partition("@")
+    return {"data": data, **({"prompts": prompts} if prompts else {}), **({"weight": float(weight)} if weight else {})}
 
 
 def variants(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -35,7 +50,7 @@ def variants(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     repair = {"method": "least_squares", "calibrate": {"sequences": given.repair}}
     heal = {
         "method": given.method,
-        "data": [{"data": text} for text in given.data.split(",")],
+        "data": [text(spec) for spec in given.data],
         "sequences": given.texts,
         "length_tokens": given.train_length,
         "steps": given.steps,
@@ -74,6 +89,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "params": [result.before["params"], result.after["params"]],
                 "block_params": [result.before["block_params"], result.after["block_params"]],
                 "perplexity": [side.get("perplexity") for side in (result.before, result.cut, result.after)],
+                "figures": [side.get("figures") for side in (result.before, result.cut, result.after)],
                 "heal": dict(result.heal),
                 "repair_error": result.made.repair.get("error"),
                 "verified": result.verified.ok,
@@ -117,7 +133,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=10, help="sequences of 256 tokens for the search")
     parser.add_argument("--repair", type=int, default=64, help="sequences of 256 tokens for the repair")
     parser.add_argument("--method", default="distill")
-    parser.add_argument("--data", default="teacher,wikitext2", help="texts with equal weight, comma between")
+    parser.add_argument("--data", nargs="+", default=["teacher", "wikitext2"], help="texts: NAME[@PROMPTS][=WEIGHT]")
     parser.add_argument("--texts", type=int, help="sequences in all [what the texts hold]")
     parser.add_argument("--train-length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=1000)
@@ -128,6 +144,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--check-every", type=int, default=100)
+    parser.add_argument("--task", action="append", default=[], help="also measured, as `prunekit evaluate` takes it")
     parser.add_argument("--sequences", type=int, default=20, help="evaluation windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
     parser.add_argument("--rows", default="cut;repaired;healed;repaired, healed", help="which rows, semicolon between")

@@ -83,6 +83,7 @@ TABLE: dict[str, Method] = {
     "mixed, loss per parameter": Search({"candidates": "mixed", "per": "params", "distance": "loss"}),
     "pairs, loss, repaired": Repaired("pairs, loss"),
     "mixed, per parameter, repaired": Repaired("mixed, per parameter"),
+    "mixed, loss per parameter, repaired": Repaired("mixed, loss per parameter"),
     "block influence": Score("block_influence"),
     "angular, best run": Score("angular", span="span"),
     "gardener": Score("gardener"),
@@ -102,6 +103,12 @@ FURTHER: dict[str, Method] = {
     "mixed, loss per parameter, 32 x 512": Search(
         {"candidates": "mixed", "per": "params", "distance": "loss"}, 32, 512
     ),
+    "mixed, loss per parameter, 32 x 512, swaps": Search(
+        {"candidates": "mixed", "per": "params", "distance": "loss", "swaps": 8}, 32, 512, shares=(0.20, 0.25)
+    ),
+    "pairs, loss, 32 x 512, repaired": Repaired("pairs, loss, 32 x 512"),
+    "pairs, loss, 32 x 512, repaired on 240 x 512": Repaired("pairs, loss, 32 x 512", 240, 512),
+    "mixed, loss per parameter, 32 x 512, repaired": Repaired("mixed, loss per parameter, 32 x 512"),
     "pairs, kl": Search({"candidates": "pairs", "distance": "kl"}),
     "mixed, kl per parameter": Search({"candidates": "mixed", "per": "params", "distance": "kl"}),
 }

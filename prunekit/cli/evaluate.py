@@ -73,13 +73,13 @@ def open_subjects(
         PrunekitError: for the first model, device or number that is wrong.
     """
     from prunekit.evaluate.compare import names
-    from prunekit.evaluate.subject import open_subject
+    from prunekit.evaluate.subject import open_subject, rows_at_once
     from prunekit.pipeline.inputs import device_named
 
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"`--batch-size {batch_size}` must be at least 1")
     where = device_named(device)
-    rows = batch_size or (8 if where == "cpu" else 32)
+    rows = batch_size or rows_at_once(where)
     subjects = [open_subject(model, where, dtype, rows, progress, device == "auto") for model in models]
     for subject, name in zip(subjects, names(models, [subject.name for subject in subjects]), strict=True):
         subject.name = name

@@ -142,11 +142,12 @@ def _batch(
     first = 0
     for piece in logits(ids.to(device), wanted.to(device), padded):
         logs = piece.float().log_softmax(-1)
-        best = logs.argmax(-1).cpu()
-        for place, here in enumerate(targets[first : first + len(piece)]):
-            for which, token in here:
-                sums[which] = sums.get(which, 0.0) + float(logs[place, token])
-                greedy[which] = greedy.get(which, True) and int(best[place]) == token
+        best = logs.argmax(-1).tolist()
+        scored = [(i, which, token) for i, at in enumerate(targets[first : first + len(piece)]) for which, token in at]
+        values = logs[[place for place, _, _ in scored], [token for _, _, token in scored]].tolist()
+        for (place, which, token), value in zip(scored, values, strict=True):
+            sums[which] = sums.get(which, 0.0) + value
+            greedy[which] = greedy.get(which, True) and best[place] == token
         first += len(piece)
     if any(math.isnan(value) for value in sums.values()):
         raise EvaluationError("a log-likelihood is not a number", why="the model's logits hold NaN")

@@ -13,8 +13,9 @@ from prunekit.heal.scene import Scene
 from prunekit.modeling.quiet import quiet
 
 # Of the KV cache while the teacher writes; a step takes a GPU as long for one sequence as for hundreds.
-_CACHE_BYTES = {"cpu": 1e9, "cuda": 8e9, "mps": 2e9}
-_MOST_AT_ONCE = 512
+_CACHE_BYTES = {"cpu": 1e9, "mps": 2e9}
+_OF_FREE_MEMORY = 0.25
+_MOST_AT_ONCE = 2048
 
 
 def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iterator[Tensor]:
@@ -28,7 +29,7 @@ def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iter
         prompts: what they begin with, int64 [count, tokens]; None begins with the BOS token (EOS where there is none).
         seed: of the draws; torch's own state stays as it was.
     Returns:
-        int64 [at most 512, T] on the CPU, several times.
+        int64 [at most 2048, T] on the CPU, several times.
     """
     length = scene.asked.length_tokens
     begin = torch.full((count, 1), _begin(scene), dtype=torch.int64) if prompts is None else prompts
@@ -61,7 +62,8 @@ def _at_once(model: Any, length: int, device: str) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     a_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(1, min(_MOST_AT_ONCE, int(_CACHE_BYTES[device] / (a_token * length))))
+    room = _OF_FREE_MEMORY * torch.cuda.mem_get_info()[0] if device == "cuda" else _CACHE_BYTES[device]
+    return max(1, min(_MOST_AT_ONCE, int(room / (a_token * length))))
 
 
 def _begin(scene: Scene) -> int:

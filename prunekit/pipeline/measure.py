@@ -133,7 +133,7 @@ def subject_of(recipe: Recipe, view: ModelView, tokenizer: Any, model: Any = Non
         tokenizer: of it.
         model: loaded, in eval mode; None where only data is checked.
     """
-    from prunekit.evaluate.subject import Subject
+    from prunekit.evaluate.subject import Subject, rows_at_once
 
     device = device_of(recipe)
     return Subject(
@@ -143,5 +143,6 @@ def subject_of(recipe: Recipe, view: ModelView, tokenizer: Any, model: Any = Non
         tokenizer=tokenizer,
         device=device,
         dtype=dtype_of(recipe, view, device),
+        batch_size=rows_at_once(device),
         loaded=model,
     )
