@@ -37,6 +37,12 @@ Dtype = Annotated[
     typer.Option("--dtype", help="Type to compute in [float32 on a CPU, else as the weights]."),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows run at once [8 on a CPU, else 32].")]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        help="Run under the sparse runtime: a pattern, with options such as power,window_blocks=8 or layers=[2, 3]."
+    ),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what is finished.")]
 OutputFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="JSON file to write, with per-example values.", dir_okay=False)

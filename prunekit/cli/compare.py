@@ -31,6 +31,10 @@ def compare(
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Run all models but the first under the sparse runtime: a pattern, with options."),
+    ] = None,
     fresh: options.Fresh = False,
     output: options.OutputFile = None,
     overwrite: options.Overwrite = False,
@@ -44,7 +48,7 @@ def compare(
     The first model is the one that the others are compared with, usually the dense one.
     """
     from prunekit.cli._files import require_free
-    from prunekit.cli.evaluate import checked, named_tasks, open_subjects, write_result
+    from prunekit.cli.evaluate import checked, named_tasks, open_subjects, set_attention, write_result
     from prunekit.evaluate.compare import Comparison
     from prunekit.evaluate.run import evaluate as run
     from prunekit.report.evaluation import comparison
@@ -58,6 +62,7 @@ def compare(
     with out.progress() as progress:
         subjects = open_subjects(models, device, dtype, batch_size, progress)
         _require_alike(subjects)
+        set_attention(subjects[1:], attention)
         work = checked(subjects, named, suite, limit, alike=True)
         asked = _kl_windows(subjects, text, windows, length_tokens) if kl else None
         evaluations = run(work, fresh, progress=progress, talk=out.talk)
@@ -80,13 +85,13 @@ def _require_alike(subjects: Sequence[Subject]) -> None:
 
 
 def _kl_windows(subjects: Sequence[Subject], text: str, windows: int, length_tokens: int) -> Any:
-    """Windows int64 [n, tokens]; None for models that write no text, or run in ONNX Runtime."""
+    """Windows int64 [n, tokens]; None for models that write no text."""
     from prunekit.calibrate.batches import token_batch
     from prunekit.calibrate.texts import load_text
     from prunekit.evaluate.divergence import require_same_tokens
 
     first, *others = subjects
-    if first.kind != "text" or any(subject.backend == "onnx" for subject in subjects):
+    if first.kind != "text":
         return None
     if windows < 1 or length_tokens < 2:
         raise UsageError("KL needs a window of at least 2 tokens", hint="raise --windows or --length-tokens")

@@ -55,6 +55,7 @@ _SECTIONS = (
     ("HealText", "heal.data"),
     ("Evaluate", "evaluate"),
     ("Perplexity", "evaluate.perplexity"),
+    ("KL", "evaluate.kl"),
     ("Embedding", "evaluate.embedding"),
     ("Latency", "evaluate.latency"),
     ("Sample", "evaluate.sample"),

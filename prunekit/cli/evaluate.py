@@ -29,6 +29,7 @@ def evaluate(
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = None,
+    attention: options.Attention = None,
     fresh: options.Fresh = False,
     output: options.OutputFile = None,
     overwrite: options.Overwrite = False,
@@ -52,6 +53,7 @@ def evaluate(
     named = named_tasks(task, limit)
     with out.progress() as progress:
         subjects = open_subjects(models, device, dtype, batch_size, progress)
+        set_attention(subjects, attention)
         work = checked(subjects, named, suite, limit)
         evaluations = _measured(work, fresh, progress, out)
     from prunekit.report.evaluation import figures_table
@@ -78,10 +80,31 @@ def open_subjects(
         raise UsageError(f"`--batch-size {batch_size}` must be at least 1")
     where = device_named(device)
     rows = batch_size or rows_at_once(where)
-    subjects = [open_subject(model, where, dtype, rows, progress) for model in models]
+    subjects = [open_subject(model, where, dtype, rows, progress, device == "auto") for model in models]
     for subject, name in zip(subjects, names(models, [subject.name for subject in subjects]), strict=True):
         subject.name = name
     return subjects
+
+
+def set_attention(subjects: Sequence[Subject], attention: str | None) -> None:
+    """Puts models under the sparse runtime, as typed behind `--attention`.
+
+    Raises:
+        UsageError: for an unknown pattern or option, or a model that it is not for.
+    """
+    if attention is None:
+        return
+    from prunekit.core.task_options import option_values, parts
+    from prunekit.runtime.attention.policy import policy
+
+    name, *rest = parts(attention)
+    at = f"--attention {attention}"
+    section = policy({"pattern": name, **option_values(rest, at)}).section()
+    for subject in subjects:
+        if subject.kind != "text" or subject.backend != "torch":
+            why = "the sparse runtime is for models that write text, in torch"
+            raise UsageError(f"`{subject.name}` cannot run under `{name}`", why=why, at=at)
+        subject.attention = section
 
 
 def named_tasks(task: Sequence[str] | None, limit: int | None) -> list[Asked]:

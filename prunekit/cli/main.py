@@ -24,6 +24,7 @@ _ORDER = (
     "prune",
     "inspect",
     "score",
+    "costs",
     "plan",
     "apply",
     "heal",

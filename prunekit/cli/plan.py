@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,7 +104,8 @@ def show_plan(
         out.talk(f"a plan holds cuts alone: {' and '.join(f'`{n}`' for n in later)} come with `prunekit prune`")
     with out.progress() as progress:
         made = pipeline.make_plan(recipe, progress=progress, talk=out.talk)
-    _show(out, made.view, made.plan, made.layout, asdict(made.before), asdict(made.after), made.orders)
+    figures = asdict(made.before), asdict(made.after)
+    _show(out, made.view, made.plan, made.layout, *figures, made.orders, made.latency)
     _write(out, made.view, made.plan, file, to, recipe.model.source)
 
 
@@ -135,6 +136,7 @@ def _show(
     before: dict[str, Any],
     after: dict[str, Any],
     orders: Sequence[Scores | Order],
+    latency: Mapping[str, Any] | None = None,
 ) -> None:
     from prunekit.plan.loads import loads
     from prunekit.report.layer_map import layer_map
@@ -149,8 +151,9 @@ def _show(
         "loads": where,
         "layer_map": [row.to_json() for row in rows],
         "orders": [order.to_json() for order in orders],
+        **({"latency": dict(latency)} if latency else {}),
     }
-    out.result(outcome(rows, before, after, where), data)
+    out.result(outcome(rows, before, after, where, latency=latency), data)
 
 
 def _write(out: Output, view: ModelView, cuts: Plan, file: Path | None, to: str, model: str) -> None:

@@ -122,7 +122,15 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, out: Output) -> None:
         result = pipeline.run(recipe, output, overwrite=overwrite, progress=progress, talk=out.talk)
     data = result.to_json()
     rows = [Row.from_json(row) for row in data["layer_map"]]
-    shown = outcome(rows, data["before"], data["after"], data["loads"], data["expectations"], data.get("cut"))
+    shown = outcome(
+        rows,
+        data["before"],
+        data["after"],
+        data["loads"],
+        data["expectations"],
+        data.get("cut"),
+        data.get("latency"),
+    )
     out.result(Group(shown, "", Text(f"report: {output / REPORT}")), data)
     out.written(output)
     missed = [entry for entry in data["expectations"] if not entry["ok"]]

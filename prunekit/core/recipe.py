@@ -14,6 +14,7 @@ from typing import Any
 from prunekit.core.errors import RecipeError, UsageError
 from prunekit.core.recipe_check import combination_problems
 from prunekit.core.recipe_evaluate import EXPECTATIONS as EXPECTATIONS
+from prunekit.core.recipe_evaluate import KL as KL
 from prunekit.core.recipe_evaluate import Embedding as Embedding
 from prunekit.core.recipe_evaluate import Evaluate as Evaluate
 from prunekit.core.recipe_evaluate import Expect as Expect
@@ -36,7 +37,7 @@ from prunekit.core.recipe_problems import dotted, typed
 from prunekit.core.recipe_schema import json_schema as json_schema
 from prunekit.core.yaml_lines import MAX_BYTES, Document, KeyPath, read_value, read_yaml
 
-_BARE_TEXT = (("evaluate", "perplexity"), ("evaluate", "embedding"))
+_BARE_TEXT = (("evaluate", "perplexity"), ("evaluate", "kl"), ("evaluate", "embedding"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -19,6 +19,8 @@ from prunekit.core.task_options import label_of, make_task, split_limit, task_pr
 from prunekit.core.yaml_lines import KeyPath
 
 KINDS = get_args(Kind)
+# Keys of a budget that say what `latency_ms` is about, and what they are where they are not given.
+LATENCY_KEYS = {"on": "torch", "batch": 1, "tokens": 128, "costs": None}
 _NO_KV = ("ffn", "neurons", "query_heads", "experts", "hidden")
 
 
@@ -38,6 +40,7 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
     if "steps" not in data and data.get("learn") is None:
         hint = "a list of removals, each with `remove`, `by` and `budget`"
         problems.append(Problem("`steps` is missing", ("steps",), hint=hint))
+    problems += _latency_steps(data)
     problems += _section(data, "repair", REPAIRS, Repair)
     for model, registry in ((Learn, GATES), (Heal, HEALS)):
         problems += _section(data, model.section, registry, model)
@@ -101,13 +104,14 @@ def _budget(step: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
     if not isinstance(raw, Mapping):
         return
     here = (*path, "budget")
-    kind, remove, units, of = step.get("remove"), raw.get("remove"), raw.get("units"), raw.get("of", "units")
-    if remove is None and units is None:
-        hint = "give `remove`, a fraction such as 0.2, or `units`, a count"
+    kind, units, of = step.get("remove"), raw.get("units"), raw.get("of", "units")
+    given = [key for key in ("remove", "units", "latency_ms") if raw.get(key) is not None]
+    if not given:
+        hint = "give `remove`, a fraction such as 0.2, `units`, a count, or `latency_ms`"
         yield Problem("the budget does not say how much goes", here, hint=hint)
-    elif remove is not None and units is not None:
-        hint = "keep one of them; `units: null` takes the other away"
-        yield Problem("`remove` and `units` are both given", (*here, "units"), hint=hint)
+    elif len(given) > 1:
+        hint = f"keep one of them; `{given[1]}: null` takes that away"
+        yield Problem(f"`{given[0]}` and `{given[1]}` are both given", (*here, given[1]), hint=hint)
     if units is not None and of != "units" and isinstance(of, str):
         hint = f"leave `of` out, or give `remove`, a fraction of {of}"
         yield Problem(f"`units: {units}` with `of: {of}` mixes two measures", (*here, "of"), hint=hint)
@@ -119,8 +123,50 @@ def _budget(step: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
     if of == "kv_bytes" and kind in _NO_KV:
         why = f"removing {kind} changes no byte of the KV cache"
         yield Problem(f"`of: kv_bytes` does not go with `remove: {kind}`", (*here, "of"), why=why, hint="use params")
+    yield from _latency_target(kind, raw, here)
     if isinstance(step.get("by"), Mapping):
         yield from _currency(step, raw, here)
+
+
+def _latency_target(kind: Any, raw: Mapping[str, Any], here: KeyPath) -> Iterator[Problem]:
+    """Keys that go with `latency_ms`, and what it cannot choose."""
+    if raw.get("latency_ms") is None:
+        for key in LATENCY_KEYS:
+            if raw.get(key) is not None:
+                hint = "give `latency_ms`, or take it out"
+                yield Problem(f"`{key}` is about a latency that is not given", (*here, key), hint=hint)
+        return
+    if raw.get("of") not in (None, "units"):
+        why = "milliseconds are a measure of their own"
+        yield Problem(f"`of: {raw['of']}` does not go with `latency_ms`", (*here, "of"), why=why, hint="take it out")
+    if kind in ("query_heads", "experts"):
+        why = f"cost tables do not hold widths of {kind}"
+        hint = "use kv_groups, neurons or whole sub-layers"
+        yield Problem(f"`latency_ms` does not go with `remove: {kind}`", (*here, "latency_ms"), why=why, hint=hint)
+
+
+def _latency_steps(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Latency targets of several steps that are about different things, or that nothing could check."""
+    steps = data.get("steps")
+    found: list[tuple[int, Mapping[str, Any]]] = []
+    for index, step in enumerate(steps if isinstance(steps, list) else []):
+        budget = _inside(step, "budget")
+        if isinstance(budget, Mapping) and budget.get("latency_ms") is not None:
+            found.append((index, budget))
+    for index, budget in found[1:]:
+        for key, default in LATENCY_KEYS.items():
+            if (budget.get(key) or default) != (found[0][1].get(key) or default):
+                why = f"step {found[0][0] + 1} has another"
+                place = ("steps", index, "budget", key)
+                yield Problem(f"`{key}` must be the same in all steps", place, why=why, hint="measure one thing")
+    formats = _inside(data, "export", "formats")
+    for index, budget in found:
+        if budget.get("on") == "onnxruntime" and (not isinstance(formats, list) or "onnx" not in formats):
+            hint = "add it: `export: {formats: [safetensors, onnx]}`"
+            yield Problem("`on: onnxruntime` needs the format onnx", ("steps", index, "budget", "on"), hint=hint)
+    if not found and _inside(data, "expect", "latency_ms_max") is not None:
+        why, hint = "nothing measures it", "give a step `budget: {latency_ms: ...}`, or use `evaluate.latency`"
+        yield Problem("`latency_ms_max` needs a latency budget", ("expect", "latency_ms_max"), why=why, hint=hint)
 
 
 def _currency(step: Mapping[str, Any], raw: Mapping[str, Any], here: KeyPath) -> Iterator[Problem]:

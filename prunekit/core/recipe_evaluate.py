@@ -23,6 +23,17 @@ class Perplexity(Part):
     _short = model_validator(mode="before")(named_text)
 
 
+class KL(Part):
+    """KL divergence of the result's next-token distributions from the dense model's; a bare text names the data."""
+
+    data: StrictStr = Field(default="wikitext2_eval", min_length=1, description="As for `calibrate.data`.")
+    sequences: StrictInt = Field(default=8, ge=1, description="How many sequences.")
+    length_tokens: StrictInt = Field(
+        default=256, ge=2, description="Tokens in each sequence; the first is not compared."
+    )
+    _short = model_validator(mode="before")(named_text)
+
+
 class Embedding(Part):
     """Cosine between the sentence embeddings of both models; a bare text names the data."""
 
@@ -71,6 +82,7 @@ class Evaluate(Part):
     """What is measured before and after; what is not named is not measured."""
 
     perplexity: Perplexity | None = Field(default=None, description="For models that write text.")
+    kl: KL | None = Field(default=None, description="For models that write text: how far from the dense one.")
     embedding: Embedding | None = Field(default=None, description="For encoders.")
     latency: Latency | None = Field(default=None, description="Speed.")
     sample: Sample | None = Field(default=None, description="A continuation to read.")
@@ -101,9 +113,11 @@ EXPECTATIONS: dict[str, Expectation] = {
     "flops_per_token_max": Expectation("flops_per_token", "max"),
     "kv_bytes_per_token_max": Expectation("kv_bytes_per_token", "max"),
     "perplexity_max": Expectation("perplexity", "max", "evaluate.perplexity"),
+    "kl_max": Expectation("kl", "max", "evaluate.kl"),
     "embedding_cosine_min": Expectation("embedding_cosine", "min", "evaluate.embedding"),
     "prefill_tokens_s_min": Expectation("prefill_tokens_s", "min", "evaluate.latency"),
     "decode_tokens_s_min": Expectation("decode_tokens_s", "min", "evaluate.latency"),
+    "latency_ms_max": Expectation("latency_ms", "max"),
     "onnx_max_abs_diff": Expectation("onnx_max_abs_diff", "max", "export.formats"),
     "onnx_bytes_max": Expectation("onnx_bytes", "max", "export.formats"),
     "loads_stock": Expectation("loads_stock", "is"),
@@ -119,11 +133,15 @@ class Expect(Part):
     flops_per_token_max: StrictFloat | None = Field(default=None, gt=0, description="FLOPs a token.")
     kv_bytes_per_token_max: StrictFloat | None = Field(default=None, ge=0, description="Bytes of KV cache a token.")
     perplexity_max: StrictFloat | None = Field(default=None, gt=0, description="Needs `evaluate.perplexity`.")
+    kl_max: StrictFloat | None = Field(default=None, gt=0, description="Nats a token; needs `evaluate.kl`.")
     embedding_cosine_min: StrictFloat | None = Field(
         default=None, ge=-1, le=1, description="Mean cosine; needs `evaluate.embedding`."
     )
     prefill_tokens_s_min: StrictFloat | None = Field(default=None, gt=0, description="Needs `evaluate.latency`.")
     decode_tokens_s_min: StrictFloat | None = Field(default=None, gt=0, description="Needs `evaluate.latency`.")
+    latency_ms_max: StrictFloat | None = Field(
+        default=None, gt=0, description="Milliseconds of one pass; needs a budget with `latency_ms`."
+    )
     onnx_max_abs_diff: StrictFloat | None = Field(
         default=None, gt=0, description="Largest difference between ONNX Runtime and torch; needs the format `onnx`."
     )

@@ -144,9 +144,25 @@ class Budget(Part):
         default=None,
         ge=0,
         lt=1,
-        description="Fraction removed at least, short of half a per cent of it; give this or `units`.",
+        description="Fraction removed at least, short of half a per cent of it; give this, `units` or `latency_ms`.",
     )
-    units: StrictInt | None = Field(default=None, ge=1, description="Count removed; give this or `remove`.")
+    units: StrictInt | None = Field(default=None, ge=1, description="Count removed.")
+    latency_ms: StrictFloat | None = Field(
+        default=None,
+        gt=0,
+        description="Milliseconds that one pass of the whole model may take after this step, by a measured cost table.",
+    )
+    on: Literal["torch", "onnxruntime"] | None = Field(
+        default=None, description="With `latency_ms`: what runs the pass; torch where not said."
+    )
+    batch: StrictInt | None = Field(default=None, ge=1, description="With `latency_ms`: sequences in the pass; 1.")
+    tokens: StrictInt | None = Field(
+        default=None, ge=1, description="With `latency_ms`: tokens in each sequence; 128. Images have their own."
+    )
+    costs: StrictStr | None = Field(
+        default=None,
+        description="With `latency_ms`: a cost table that `prunekit costs` wrote; measured and kept where not given.",
+    )
     of: Literal["units", "params", "flops", "kv_bytes", "latency_ms"] = Field(
         default="units",
         description="What the fraction is of. Embeddings and the head do not count.",

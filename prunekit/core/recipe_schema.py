@@ -42,7 +42,7 @@ def json_schema() -> dict[str, Any]:
     }
     for name in TASKS.names():
         definitions[f"task_{name}"] = _task(name)
-    for short in ("Perplexity", "Embedding", "HealText"):
+    for short in ("Perplexity", "KL", "Embedding", "HealText"):
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
     schema["anyOf"] = [{"required": ["steps"]}, {"required": ["learn"]}]

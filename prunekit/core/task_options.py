@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunekit.core.errors import PrunekitError
+from prunekit.core.errors import PrunekitError, UsageError
 from prunekit.core.recipe_fields import knob_problems
 from prunekit.core.recipe_problems import Problem, near
 from prunekit.core.registry import TASKS
-from prunekit.core.yaml_lines import KeyPath
+from prunekit.core.yaml_lines import KeyPath, read_value
 
 # The option that says what is measured on; a value without a name fills it.
 _SUBJECT = "data"
@@ -77,3 +77,39 @@ def split_limit(key: str, labels: Iterable[str]) -> tuple[str, str] | None:
     known = next((label for label in labels if name.startswith(f"{label}.")), name.partition(".")[0])
     figure = name[len(known) + 1 :]
     return (known, figure) if known and figure and sense in _SENSES else None
+
+
+def parts(text: str) -> list[str]:
+    """Parts of what is typed between commas that stand outside brackets: `power,layers=[2, 3]` has two."""
+    found, depth = [""], 0
+    for sign in text:
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth <= 0:
+            found.append("")
+        else:
+            found[-1] += sign
+    return found
+
+
+def option_values(typed: Iterable[str], at: str) -> dict[str, Any]:
+    """Values by name of `option=value` texts, each read as YAML.
+
+    Args:
+        typed: the texts.
+        at: where they stand, for messages.
+    Raises:
+        UsageError: for one of another form, a value that cannot be read, or a name that is given twice.
+    """
+    found: dict[str, Any] = {}
+    for part in typed:
+        key, equals, value = part.partition("=")
+        name = key.strip()
+        if not equals or not name:
+            raise UsageError(f"`{part}` is not option=value", hint="for example limit=100", at=at)
+        if name in found:
+            raise UsageError(f"`{name}` is given twice", at=at)
+        try:
+            found[name] = read_value(value)
+        except ValueError as error:
+            raise UsageError(f"the value of `{part}` cannot be read", why=str(error), at=at) from error
+    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prunekit.core.errors import EvaluationError
+from prunekit.core.errors import EvaluationError, UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.evaluate.embedding import pooled_vectors
 
@@ -84,8 +84,11 @@ def encoded(subject: Subject, text: str, at: str, length_tokens: int | None) -> 
         at: where the text stands, for messages.
         length_tokens: longest text in tokens, special tokens included; None cuts nothing.
     Raises:
-        UsageError: where an uncut text is longer than the model reads.
+        UsageError: where an uncut text is longer than the model reads, or the model gives no vectors.
     """
+    if subject.backend == "onnx" and subject.kind == "text":
+        why = "an exported decoder gives logits only"
+        raise UsageError(f"`{subject.name}` gives no vectors", why=why, hint="measure the checkpoint it was made from")
     if length_tokens is None:
         ids = subject.encode(text)
         subject.require_positions(len(ids), "a text", at, "give `length_tokens`, which cuts longer texts")

@@ -64,36 +64,57 @@ def measure_latency(
     """Reads random tokens and writes greedily with a KV cache; one run that does not count comes first.
 
     Args:
-        model: in eval mode. One without a language-model head only reads; a vision model reads random images, each of
-            which counts as the patches it makes.
+        model: in eval mode, or an ONNX graph that is called as one. One without a language-model head only reads; a
+            vision model reads random images, each of which counts as the patches it makes.
         batch: sequences at once.
         prompt_tokens: tokens read in each sequence; not used for vision models.
         new_tokens: tokens written in each sequence.
         repeats: measurements, at least 1.
         progress: shown as repeats.
     """
-    inputs, read = _inputs(model, batch, prompt_tokens)
-    writes = "input_ids" in inputs and model.can_generate()
+    read_once, read, writes = one_pass(model, batch, prompt_tokens)
     wait = _synchronizer(model.device)
     prefill_s: list[float] = []
     steps_s: list[list[float]] = []
     with torch.no_grad(), progress.task("latency", total=repeats + 1, unit="repeats") as task:
         for repeat in range(repeats + 1):
-            wait()
-            start = time.perf_counter()
-            output = model(**inputs, use_cache=True, logits_to_keep=1) if writes else model(**inputs)
-            wait()
-            read_s = time.perf_counter() - start
+            output, read_s = read_once()
             took = _decode(model, output, new_tokens, wait) if writes else []
             if repeat:
                 prefill_s.append(read_s)
                 steps_s.append(took)
             task.advance(1)
     dtype = str(model.dtype).removeprefix("torch.")
-    return latency_result(prefill_s, steps_s, batch, read, new_tokens if writes else 0, str(model.device), dtype)
+    device = getattr(model, "ran_on", str(model.device))
+    return _result(prefill_s, steps_s, batch, read, new_tokens if writes else 0, device, dtype)
 
 
-def latency_result(
+def one_pass(model: Any, batch: int, tokens: int) -> tuple[Callable[[], tuple[Any, float]], int, bool]:
+    """A model's reading of random tokens or images, to be timed as often as one likes.
+
+    Args:
+        model: in eval mode.
+        batch: sequences.
+        tokens: in each; images have their own.
+    Returns:
+        A function that runs the pass and gives its output and seconds; the tokens each sequence stands for; and whether
+        the model writes after them.
+    """
+    inputs, read = _inputs(model, batch, tokens)
+    writes = "input_ids" in inputs and bool(model.can_generate())
+    wait = _synchronizer(model.device)
+
+    def run() -> tuple[Any, float]:
+        wait()
+        start = time.perf_counter()
+        output = model(**inputs, use_cache=True, logits_to_keep=1) if writes else model(**inputs)
+        wait()
+        return output, time.perf_counter() - start
+
+    return run, read, writes
+
+
+def _result(
     prefill_s: list[float],
     steps_s: list[list[float]],
     batch: int,

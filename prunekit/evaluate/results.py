@@ -65,12 +65,14 @@ class Results:
     def of(cls, subject: Subject, cache: Path | None = None, progress: Progress = NULL_PROGRESS) -> Results:
         """Measurements of a model, under `$PRUNEKIT_CACHE` or `~/.cache/prunekit` where `cache` is None."""
         found = model_digest(subject.folder, progress)
-        environment = {
+        environment: dict[str, Any] = {
             "backend": subject.backend,
             "device": subject.device.partition(":")[0],
             "dtype": subject.dtype,
             "versions": {name: _version(name) for name in ("torch", "transformers", "onnxruntime")},
         }
+        if subject.attention is not None:
+            environment["attention"] = dict(subject.attention)
         return cls(cache_folder(cache) / "evaluate" / found[:32], environment)
 
     def read(self, asked: Asked, data_digest: str) -> Measured | None:

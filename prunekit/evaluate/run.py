@@ -45,6 +45,7 @@ class Evaluation:
             "backend": subject.backend,
             "device": subject.device,
             "dtype": subject.dtype,
+            **({"attention": dict(subject.attention)} if subject.attention is not None else {}),
             "tasks": tasks,
         }
 
@@ -94,7 +95,7 @@ def _require_fit(asked: Asked, subject: Subject) -> None:
         raise UsageError(f"`{asked.name}` needs {wanted}", why=f"`{subject.name}` is {KINDS[subject.kind]}", hint=hint)
     if subject.backend not in asked.task.backends:
         hint = "give the folder that it was exported from"
-        raise UsageError(f"`{asked.name}` cannot measure an ONNX folder", why="perplexity and latency can", hint=hint)
+        raise UsageError(f"`{asked.name}` cannot measure an ONNX folder", hint=hint)
     if subject.kind != "images" and subject.tokenizer is None and asked.name not in ("latency", "memory"):
         hint = "put the tokenizer's files into the folder"
         raise UsageError(f"`{subject.name}` has no tokenizer", why=f"`{asked.name}` needs text as tokens", hint=hint)

@@ -10,8 +10,7 @@ from typing import Any
 
 from prunekit.core.errors import UsageError
 from prunekit.core.registry import TASKS
-from prunekit.core.task_options import label_of, make_task, subject_option, task_problems
-from prunekit.core.yaml_lines import read_value
+from prunekit.core.task_options import label_of, make_task, option_values, parts, subject_option, task_problems
 from prunekit.evaluate.subject import Kind
 from prunekit.evaluate.task import Task
 
@@ -93,7 +92,7 @@ def parse_task(text: str, limit: int | None = None) -> Asked:
         UsageError: for an unknown task or option, or a value of the wrong type.
     """
     at = f"--task {text}"
-    head, *rest = _parts(text)
+    head, *rest = parts(text)
     name, colon, subject = head.partition(":")
     options: dict[str, Any] = {}
     if name in TASKS.names() and colon:
@@ -101,16 +100,10 @@ def parse_task(text: str, limit: int | None = None) -> Asked:
         if option is None:
             raise UsageError(f"`{name}` takes no data", hint=f"write `{name}`, options behind commas", at=at)
         options[option] = subject
-    for part in rest:
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"`{part}` is not option=value", hint="for example limit=100", at=at)
-        if key.strip() in options:
-            raise UsageError(f"`{key.strip()}` is given twice", at=at)
-        try:
-            options[key.strip()] = read_value(value)
-        except ValueError as error:
-            raise UsageError(f"the value of `{part}` cannot be read", why=str(error), at=at) from error
+    for key, value in option_values(rest, at).items():
+        if key in options:
+            raise UsageError(f"`{key}` is given twice", at=at)
+        options[key] = value
     label = options.pop("name", None)
     if label is not None and not isinstance(label, str):
         raise UsageError(f"`name: {label}` must be text", at=at)
@@ -176,15 +169,3 @@ def _fitted(made: Asked, positions: int | None) -> Asked | None:
     elif "prompt_tokens" in options:
         options["prompt_tokens"] = min(options["prompt_tokens"], max(1, positions - options["new_tokens"]))
     return asked(made.name, options, made.label)
-
-
-def _parts(text: str) -> list[str]:
-    """Parts between commas that stand outside brackets."""
-    parts, depth = [""], 0
-    for sign in text:
-        depth += (sign in "[{") - (sign in "]}")
-        if sign == "," and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return parts

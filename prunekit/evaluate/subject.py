@@ -37,6 +37,7 @@ class Subject:
         dtype: of the weights in memory.
         batch_size: rows that tasks run at once.
         trust_remote_code: whether modelling code inside the folder may run.
+        attention: section of the sparse runtime that it runs under, such as `{"pattern": "power"}`; None is dense.
         loaded: the model where it is in memory already.
     """
 
@@ -49,6 +50,7 @@ class Subject:
     dtype: str = "float32"
     batch_size: int = 8
     trust_remote_code: bool = False
+    attention: Mapping[str, Any] | None = None
     loaded: Any = field(default=None, repr=False)
 
     @property
@@ -64,20 +66,25 @@ class Subject:
 
     @property
     def model(self) -> Any:
-        """The model in eval mode, or the ONNX decoder; loaded on the first use.
+        """The model in eval mode, or the ONNX graph that is called as one; loaded on the first use.
 
         Raises:
             CheckpointError: if it cannot be loaded.
         """
         if self.loaded is None:
             if self.backend == "onnx":
-                from prunekit.export.ort import OrtDecoder
+                from prunekit.evaluate.onnx import OnnxModel
 
-                self.loaded = OrtDecoder(self.folder)
+                self.loaded = OnnxModel(self.folder, self.device)
             else:
                 from prunekit.modeling.load import load_model
 
-                self.loaded = load_model(self.folder, self.dtype, self.device, self.trust_remote_code)
+                model = load_model(self.folder, self.dtype, self.device, self.trust_remote_code)
+                if self.attention is not None:
+                    from prunekit.runtime import attach
+
+                    attach(model, self.attention)
+                self.loaded = model
         return self.loaded
 
     def release(self) -> None:
@@ -122,7 +129,12 @@ def rows_at_once(device: str) -> int:
 
 
 def open_subject(
-    source: str, device: str, dtype: str | None, batch_size: int, progress: Progress = NULL_PROGRESS
+    source: str,
+    device: str,
+    dtype: str | None,
+    batch_size: int,
+    progress: Progress = NULL_PROGRESS,
+    auto: bool = False,
 ) -> Subject:
     """A model by folder, ONNX folder, hub id, GGUF file or packaged name; headers and tokenizer are read, no weight.
 
@@ -132,8 +144,10 @@ def open_subject(
         dtype: of its weights in memory; None takes float32 on a CPU and the file's type elsewhere.
         batch_size: rows that tasks run at once.
         progress: of a conversion or a download.
+        auto: whether an ONNX folder runs on the CPU where this ONNX Runtime knows no such device.
     Raises:
         CheckpointError: if there is no such model, or its files are damaged.
+        UsageError: if ONNX Runtime knows no such device.
     """
     from prunekit.checkpoint.reader import Checkpoint
     from prunekit.checkpoint.sources import resolve
@@ -142,7 +156,7 @@ def open_subject(
     path = Path(source).expanduser()
     graph = path.parent if path.name == GRAPH else path
     if (graph / GRAPH).is_file() and not any(graph.glob("*.safetensors")):
-        return _onnx_subject(graph, batch_size)
+        return _onnx_subject(graph, device, batch_size, auto)
     resolved = resolve(source, progress=progress)
     checkpoint = Checkpoint.open(resolved.folder)
     taken = dtype or ("float32" if device == "cpu" else "auto")
@@ -152,11 +166,14 @@ def open_subject(
     return subject
 
 
-def _onnx_subject(folder: Path, batch_size: int) -> Subject:
+def _onnx_subject(folder: Path, device: str, batch_size: int, auto: bool) -> Subject:
     from prunekit.export.onnx import require_packages
+    from prunekit.export.ort import providers
     from prunekit.modeling.load import load_tokenizer
 
     require_packages()
+    taken = "cpu" if auto and len(providers()) == 1 else device
+    providers(taken)
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -166,7 +183,7 @@ def _onnx_subject(folder: Path, batch_size: int) -> Subject:
         raise CheckpointError(f"`{folder / 'config.json'}` is no mapping")
     resolved = folder.resolve()
     name = f"{resolved.parent.name}/{resolved.name}"
-    subject = Subject(name, folder, config, None, "onnx", "cpu", "float32", batch_size)
+    subject = Subject(name, folder, config, None, "onnx", taken, "float32", batch_size)
     if subject.kind != "images":
         subject.tokenizer = load_tokenizer(folder)
     return subject

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prunekit.core.errors import ExportError
+from prunekit.core.errors import ExportError, UsageError
 from prunekit.export._external import external_files
 from prunekit.export._trace import is_decoder, sample_inputs
 from prunekit.modeling.kv_cache import cache_argument
@@ -25,21 +25,39 @@ GRAPH = "model.onnx"
 REL_TOLERANCE = 5e-4
 
 
-def providers() -> list[str]:
-    """Execution providers to ask for, best first: CUDA where this onnxruntime has it, then the CPU."""
+def providers(device: str | None = None) -> list[Any]:
+    """Execution providers to ask for, best first.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:1`; None takes CUDA where this onnxruntime has it.
+    Raises:
+        UsageError: for a GPU that this onnxruntime cannot use.
+    """
     import onnxruntime
 
-    available = onnxruntime.get_available_providers()
-    wanted = [name for name in ("CUDAExecutionProvider",) if name in available]
-    if wanted and hasattr(onnxruntime, "preload_dlls"):
+    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device is not None and device != "cpu" and not (device.startswith("cuda") and has_cuda):
+        raise UsageError(
+            f"this onnxruntime does not run on `{device}`",
+            why=f"it has {', '.join(onnxruntime.get_available_providers())}",
+            hint='use `--device cpu`, or pip install "prunekit[onnx-gpu]" for CUDA',
+        )
+    if device == "cpu" or not has_cuda:
+        return ["CPUExecutionProvider"]
+    if hasattr(onnxruntime, "preload_dlls"):
         # Finds the CUDA libraries that torch brought.
         onnxruntime.preload_dlls()
-    return [*wanted, "CPUExecutionProvider"]
+    number = int((device or "cuda").partition(":")[2] or 0)
+    cuda = ("CUDAExecutionProvider", {"device_id": number}) if number else "CUDAExecutionProvider"
+    return [cuda, "CPUExecutionProvider"]
 
 
-def open_session(folder: Path) -> onnxruntime.InferenceSession:
+def open_session(folder: Path, device: str | None = None) -> onnxruntime.InferenceSession:
     """ONNX Runtime session on a folder's graph; as many threads as torch uses, none of them spinning.
 
+    Args:
+        folder: ONNX folder.
+        device: as for `providers`.
     Raises:
         ExportError: if there is no graph, its weights lie elsewhere, or ONNX Runtime refuses it.
     """
@@ -56,10 +74,16 @@ def open_session(folder: Path) -> onnxruntime.InferenceSession:
     # Waiting threads of ONNX Runtime and of torch would otherwise burn the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    asked = providers(device)
     try:
-        return onnxruntime.InferenceSession(str(graph), options, providers=providers())
+        return onnxruntime.InferenceSession(str(graph), options, providers=asked)
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot open `{graph}`", why=str(error).splitlines()[0]) from error
+
+
+def is_decoder_graph(session: onnxruntime.InferenceSession) -> bool:
+    """Whether a graph takes a KV cache."""
+    return any(value.name.startswith("past_key_values.") for value in session.get_inputs())
 
 
 class OrtDecoder:
@@ -67,16 +91,19 @@ class OrtDecoder:
 
     Args:
         folder: ONNX folder.
+        session: of its graph where it is open already.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.session = open_session(folder)
+    def __init__(self, folder: Path, session: onnxruntime.InferenceSession | None = None) -> None:
+        self.session = session or open_session(folder)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.cache_inputs = [name for name in self.inputs if name.startswith("past_key_values.")]
         if not self.cache_inputs:
             raise ExportError(f"`{folder}` is no decoder with a KV cache", hint="use `run_encoder`")
         self.cache_outputs = [name.replace("past_key_values", "present") for name in self.cache_inputs]
         self.device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
+        settings = self.session.get_provider_options().get("CUDAExecutionProvider", {})
+        self.device_number = int(settings.get("device_id", 0))
 
     def empty_cache(self, batch: int) -> dict[str, Any]:
         """Cache of no tokens, by input name."""
@@ -88,7 +115,7 @@ class OrtDecoder:
             # Layers of unequal width name their axis `kv_heads_<n>`.
             heads, width = (int(str(axis).rsplit("_", 1)[-1]) for axis in (value.shape[1], value.shape[3]))
             zeros = np.zeros((batch, heads, 0, width), _NUMPY[value.type])
-            cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+            cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self.device, self.device_number)
         return cache
 
     def step(self, input_ids: np.ndarray, attention_mask: np.ndarray, cache: dict[str, Any]) -> np.ndarray:
@@ -113,7 +140,7 @@ class OrtDecoder:
             binding.bind_ortvalue_input(name, past)
         binding.bind_output("logits", "cpu")
         for name in self.cache_outputs:
-            binding.bind_output(name, self.device)
+            binding.bind_output(name, self.device, self.device_number)
         self.session.run_with_iobinding(binding)
         names = ["logits", *self.cache_outputs]
         found = dict(zip(names, binding.get_outputs(), strict=True))

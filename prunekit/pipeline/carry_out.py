@@ -15,6 +15,7 @@ from prunekit.core.files import atomic_folder, require_free_folder, sha256_files
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline import learning
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
+from prunekit.pipeline.costs import onnx_device, pass_times
 from prunekit.pipeline.healing import (
     REFERENCE_PARAMS,
     check_healing,
@@ -25,7 +26,7 @@ from prunekit.pipeline.healing import (
     work_folder,
 )
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
-from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
+from prunekit.pipeline.measure import Measurer, kl_windows, sections_of, subject_of, tasks_of
 from prunekit.pipeline.repair import as_stored, put_into, repair_inputs, with_repair
 from prunekit.plan.loads import loads
 
@@ -47,6 +48,7 @@ class Result:
         before: measurements of the model before the cut.
         after: the same for the result.
         cut: the same between cut and healing; empty where nothing was healed.
+        latency: a latency budget's target, what was predicted and what the written result took; empty without one.
         heal: what the healing says about itself; empty without one.
         expectations: each limit of `expect` with its value and whether it holds; where one does not, the manifest and
             the model card say so.
@@ -63,6 +65,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cut: Mapping[str, Any] = field(default_factory=dict)
     heal: Mapping[str, Any] = field(default_factory=dict)
+    latency: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -76,6 +79,7 @@ class Result:
             "before": dict(self.before),
             **({"cut": dict(self.cut), "heal": dict(self.heal)} if self.heal else {}),
             "after": dict(self.after),
+            **({"latency": dict(self.latency)} if self.latency else {}),
             "expectations": self.expectations,
             "verified": self.verified.to_json(),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
@@ -150,11 +154,13 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     repair_inputs(recipe, view)
     subject = subject_of(recipe, view, tokenizer)
     check([(subject, sections_of(recipe)), (subject, tasks_of(recipe))])
+    if recipe.evaluate.kl is not None:
+        kl_windows(subject, recipe.evaluate.kl)
 
 
 def _needs_tokenizer(recipe: Recipe) -> bool:
     asked = recipe.evaluate
-    parts = (asked.perplexity, asked.embedding, asked.sample, asked.tasks, recipe.learn, recipe.heal)
+    parts = (asked.perplexity, asked.kl, asked.embedding, asked.sample, asked.tasks, recipe.learn, recipe.heal)
     return any(part is not None for part in parts)
 
 
@@ -174,6 +180,10 @@ def _finish(
     measurer = Measurer(recipe, made.view, tokenizer, progress)
     dense = measurer.load(made.view.checkpoint.folder)
     before, after = _measured(measurer, made, dense, folder)
+    latency = dict(made.latency)
+    if latency.get("on") == "torch":
+        # Healing changes no shape, and the dense model is at hand now.
+        latency |= pass_times(latency, measurer.load(folder), dense)
     clock.lap("measure")
     cut: dict[str, Any] = {}
     about: Mapping[str, Any] = {}
@@ -190,11 +200,20 @@ def _finish(
         talk("exporting to ONNX")
         after |= _exported(folder, progress)
         clock.lap("onnx")
+    if latency.get("on") == "onnxruntime":
+        from prunekit.evaluate.onnx import OnnxModel
+
+        talk("measuring one pass of the result in ONNX Runtime")
+        latency |= pass_times(latency, OnnxModel(folder / ONNX, onnx_device(device_of(recipe))))
+        clock.lap("latency")
+    if latency:
+        before["latency_ms"], after["latency_ms"] = latency.get("dense_measured_ms"), latency["measured_ms"]
     talk("loading the result in fresh processes")
     verified = _verified(folder, reference, progress)
     clock.lap("verify")
     after["loads_stock"] = made.layout.kind != "heterogeneous"
-    result = Result(output, made, before, after, recipe.expect.judge(after), verified, clock.seconds, cut, about)
+    judged = recipe.expect.judge(after)
+    result = Result(output, made, before, after, judged, verified, clock.seconds, cut, about, latency)
     _write_story(recipe, folder, result, progress)
     return result
 
@@ -293,7 +312,12 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
         **({"learn": dict(made.learn)} if made.learn else {}),
         **({"repair": dict(made.repair)} if made.repair else {}),
         **{key: value for key, value in data.items() if key != "output"},
-        "notes": [*_notes(recipe), *learning.notes_of(made.learn), *notes_of(result.heal)],
+        "notes": [
+            *_notes(recipe),
+            *learning.notes_of(made.learn),
+            *notes_of(result.heal),
+            *_latency_notes(result.latency),
+        ],
     }
     write_json(folder / MANIFEST, manifest)
     write_report(folder)
@@ -316,6 +340,10 @@ def _notes(recipe: Recipe) -> list[str]:
         p = asked.perplexity
         stride = f", a window every {p.stride_tokens}" if p.stride_tokens else ""
         notes.append(f"Perplexity: {p.sequences} windows of {p.length_tokens} tokens of `{Path(p.data).name}`{stride}.")
+    if asked.kl is not None:
+        k = asked.kl
+        where = f"{k.sequences} windows of {k.length_tokens} tokens of `{Path(k.data).name}`"
+        notes.append(f"KL: mean over the tokens of {where}, against the model before the cut.")
     if asked.embedding is not None:
         e = asked.embedding
         notes.append(f"Cosine: {e.sequences} inputs of `{Path(e.data).name}`, against the model before the cut.")
@@ -328,3 +356,19 @@ def _notes(recipe: Recipe) -> list[str]:
         options = ", ".join(f"{key} {value}" for key, value in entry.options.items())
         notes.append(f"`{entry.task}`: {options or 'default options'}.")
     return notes
+
+
+def _latency_notes(latency: Mapping[str, Any]) -> list[str]:
+    if not latency:
+        return []
+    shares = ""
+    if "dense_measured_ms" in latency:
+        predicted = latency["predicted_ms"] / latency["dense_predicted_ms"]
+        measured = latency["measured_ms"] / latency["dense_measured_ms"]
+        shares = f"; of the dense model's time {predicted:.3f} predicted, {measured:.3f} measured"
+    what = f"One pass of {latency['batch']} x {latency['tokens']} tokens in {latency['on']}"
+    return [
+        f"{what}: at most {latency['target_ms']:,.4g} ms asked for, {latency['predicted_ms']:,.4g} ms predicted from "
+        f"measured sub-layers, {latency['measured_ms']:,.4g} ms measured (fastest pass; predicted to measured "
+        f"{latency['predicted_to_measured']:.2f}" + shares + ")."
+    ]

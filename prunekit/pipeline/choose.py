@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,16 @@ from prunekit.checkpoint.sources import ResolvedSource, resolve
 from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
-from prunekit.core.types import Order, Scores
+from prunekit.core.types import Order, OrderStep, Scores
+from prunekit.pipeline.costs import costs_of
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, selected_batch, tokenizer_for
 from prunekit.pipeline.learning import check_learning, learned_after
 from prunekit.pipeline.weights import reading
 from prunekit.plan.after import after
-from prunekit.plan.allocate import Scored, allocate
-from prunekit.plan.budget import Target, protected
+from prunekit.plan.allocate import allocate
+from prunekit.plan.budget import Scored, Target, UnitCost, protected
 from prunekit.plan.cost import Cost, cost, unit_cost
+from prunekit.plan.fit_latency import spare
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.plan.require import obedient, rehearse, require_met
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunekit.calibrate.stack import Stack
+    from prunekit.plan.costs import CostTable
     from prunekit.repair._fit import Projection
 
 Talk = Callable[[str], None]
@@ -57,6 +60,7 @@ class Made:
         repair: what the repair says about itself; empty without one.
         learned: new values of tensors by name, as `learn` leaves them in the cut model.
         learn: what the learning says about itself; empty without one.
+        latency: the target of a latency budget, what was predicted, and the cost table; empty without one.
     """
 
     source: ResolvedSource
@@ -70,6 +74,7 @@ class Made:
     repair: Mapping[str, Any] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     learn: Mapping[str, Any] = field(default_factory=dict)
+    latency: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_plan(
@@ -90,11 +95,12 @@ def make_plan(
     for step in recipe.steps:
         view.groups(step.remove)
     rehearse(recipe, view)
+    table = costs_of(recipe, view, device_of(recipe), progress, talk)
     check_learning(view, recipe)
     plan, orders = Plan.make(view), []
     for number, step in enumerate(recipe.steps, 1):
         talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
-        with Bench(recipe, view, plan, progress) as bench:
+        with Bench(recipe, view, plan, progress, table) as bench:
             cuts, found = _choose(obedient(recipe, step, view, plan), bench)
         plan = plan.then(view, cuts)
         orders.append(found)
@@ -106,8 +112,23 @@ def make_plan(
         plan = plan.then(view, learned.plan)
     require_met(recipe, view, plan)
     layout = choose_layout(view, plan, recipe.export.layout)
-    made = Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders))
+    latency = {} if table is None else _predicted(recipe, view, plan, table)
+    made = Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders), latency=latency)
     return made if learned is None else replace(made, learned=learned.tensors, learn=learned.about)
+
+
+def _predicted(recipe: Recipe, view: ModelView, plan: Plan, table: CostTable) -> dict[str, Any]:
+    """The last step's target and what the table says of the model before and after."""
+    targets = [step.budget.latency_ms for step in recipe.steps if step.budget.latency_ms is not None]
+    return {
+        "target_ms": targets[-1],
+        "on": table.on,
+        "batch": table.batch,
+        "tokens": table.tokens,
+        "dense_predicted_ms": table.predict(view),
+        "predicted_ms": table.predict(view, plan),
+        "costs": table.to_json(),
+    }
 
 
 class Bench:
@@ -118,10 +139,13 @@ class Bench:
         source: the model before any cut.
         plan: cuts of earlier steps.
         progress: bars.
+        table: what latency budgets are reckoned by; None without one.
     """
 
-    def __init__(self, recipe: Recipe, source: ModelView, plan: Plan, progress: Progress) -> None:
-        self.recipe, self.source, self.plan, self.progress = recipe, source, plan, progress
+    def __init__(
+        self, recipe: Recipe, source: ModelView, plan: Plan, progress: Progress, table: CostTable | None = None
+    ) -> None:
+        self.recipe, self.source, self.plan, self.progress, self.table = recipe, source, plan, progress, table
         self.view = after(source, plan)
         self._open = ExitStack()
 
@@ -181,7 +205,7 @@ def _scored(step: Step, method: Any, bench: Bench) -> tuple[Plan, Scores]:
             scored.append(Scored(group, method.score(group, weights, stats).tolist()))
             task.advance(1)
     _require_numbers(step, scored)
-    cuts = allocate(bench.source, bench.view, step.remove, scored, step.budget)
+    cuts = allocate(bench.source, bench.view, step.remove, scored, step.budget, bench.table)
     units = tuple(unit for part in scored for unit in part.group.units)
     values = tuple(value for part in scored for value in part.values)
     return cuts, Scores(step.by.name, step.remove, units, values, _provenance(method, bench, bool(method.needs)))
@@ -208,13 +232,14 @@ def _searched(step: Step, method: Any, bench: Bench) -> tuple[Plan, Order]:
     safe = protected(step.budget.protect, units)
     # A protected block protects its sub-layers.
     safe |= {s.address for s in bench.view.sublayers if s.address.rpartition(".")[0] in safe}
-    evaluator = _evaluator(bench, safe) if method.needs else _Shapes(bench.view, safe)
-    target = Target(bench.source, bench.view, step.budget, step.remove, len(units), evaluator.cost)
+    costs = _unit_costs(bench)
+    evaluator = _evaluator(bench, safe, costs) if method.needs else _Shapes(bench.view, safe, costs)
+    target = Target(bench.source, bench.view, step.budget, step.remove, len(units), evaluator.cost, bench.table)
     in_unit = 2 if step.remove == "blocks" else 1
     most = (len(units) - step.budget.min_keep) * in_unit
 
     def enough(removed: frozenset[str]) -> bool:
-        if step.budget.of == "units":
+        if target.of == "units":
             return target.reached(len(removed) / in_unit)
         return target.reached(sum(target.cost(address) for address in removed))
 
@@ -226,6 +251,9 @@ def _searched(step: Step, method: Any, bench: Bench) -> tuple[Plan, Order]:
             why=f"{step.budget.min_keep} of {len(units)} must stay",
             hint="remove less",
         )
+    spared: list[str] = []
+    if step.budget.latency_ms is not None:
+        drop, spared = _without_spare(order.steps, target, evaluator, bench.view)
     if step.budget.keep_alternating and not take_turns(unit for unit in units if unit not in drop):
         raise PlanError(
             "attention and FFN would not go on taking turns",
@@ -233,23 +261,57 @@ def _searched(step: Step, method: Any, bench: Bench) -> tuple[Plan, Order]:
             hint="search again with `keep_alternating: true`, or take it out",
         )
     provenance = {**_provenance(method, bench, bool(method.needs)), **order.provenance}
+    if spared:
+        provenance["spared"] = spared
     return Plan.make(bench.view, drop), Order(step.by.name, order.steps, provenance)
 
 
-def _evaluator(bench: Bench, safe: frozenset[str]) -> Any:
+def _unit_costs(bench: Bench) -> UnitCost:
+    """Cost of a sub-layer in a measure; the table of latency budgets also says its milliseconds."""
+    view, table = bench.view, bench.table
+
+    def cost_of(address: str, of: str) -> float:
+        if of == "latency_ms" and table is not None:
+            return table.unit_ms(view, address)
+        return unit_cost(view, address, of)
+
+    return cost_of
+
+
+def _without_spare(
+    steps: Sequence[OrderStep], target: Target, evaluator: Any, view: ModelView
+) -> tuple[list[str], list[str]]:
+    """Sub-layers of a search that go, and those that the target turned out not to need.
+
+    None is spared where attention and FFN took turns after the whole order and would not without it, or where the
+    outputs would be further off.
+    """
+    whole = [unit for step in steps for unit in step.units]
+    drop = [unit for step in spare(steps, target) for unit in step.units]
+    left = [sublayer.address for sublayer in view.sublayers]
+    turned, turns = (take_turns(unit for unit in left if unit not in gone) for gone in (whole, drop))
+    if set(drop) == set(whole) or (turned and not turns):
+        return whole, []
+    if isinstance(evaluator, _Shapes) or evaluator.mean(evaluator.whole([frozenset(drop)])[0]) <= steps[-1].distance:
+        return drop, [unit for unit in whole if unit not in drop]
+    return whole, []
+
+
+def _evaluator(bench: Bench, safe: frozenset[str], costs: UnitCost) -> Any:
     from prunekit.search._evaluator import Evaluator
 
     batch = bench.batch
-    return Evaluator(bench.stack, batch, partial(unit_cost, bench.view), safe)
+    known = bench.table is not None
+    return Evaluator(bench.stack, batch, costs, safe, latency_known=known)
 
 
 class _Shapes:
     """What a search that runs nothing may know of a model."""
 
-    def __init__(self, view: ModelView, protected: frozenset[str]) -> None:
+    def __init__(self, view: ModelView, protected: frozenset[str], costs: UnitCost) -> None:
         self.addresses = tuple(sublayer.address for sublayer in view.sublayers)
         self.protected = protected
-        self.cost = partial(unit_cost, view)
+        self.cost = costs
 
 
 def _provenance(method: Any, bench: Bench, ran: bool) -> dict[str, Any]:

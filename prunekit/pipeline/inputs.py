@@ -88,7 +88,7 @@ def check_evaluation(view: ModelView, recipe: Recipe) -> None:
     kind, asked = reads(view), recipe.evaluate
     _check_width(recipe, kind)
     writes = kind == "text" and view.head is not None
-    for name, part in (("perplexity", asked.perplexity), ("sample", asked.sample)):
+    for name, part in (("perplexity", asked.perplexity), ("kl", asked.kl), ("sample", asked.sample)):
         if part is not None and not writes:
             hint = "use `evaluate.embedding`" if kind != "text" else ""
             raise UsageError(f"`evaluate.{name}` needs a model that writes text", hint=hint)

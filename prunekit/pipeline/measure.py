@@ -11,7 +11,9 @@ from prunekit.modeling.load import load_model
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, reads
 
 if TYPE_CHECKING:
-    from prunekit.core.recipe_evaluate import Embedding
+    from torch import Tensor
+
+    from prunekit.core.recipe_evaluate import KL, Embedding
     from prunekit.core.recipe_model import Recipe
     from prunekit.evaluate.results import Measured
     from prunekit.evaluate.specs import Asked
@@ -61,6 +63,8 @@ class Measurer:
         }
         if figures:
             found["figures"] = figures
+        if asked.kl is not None and model is not dense:
+            found["kl"] = self._kl(subject, dense, asked.kl)
         if asked.embedding is not None:
             found["embedding_cosine"] = self._embedding(model, dense, asked.embedding)
         if asked.sample is not None:
@@ -75,11 +79,30 @@ class Measurer:
         (work,) = check([(subject, tasks)])
         return [measure(task, prepared, subject, self.progress) for task, _, prepared in work.tasks]
 
+    def _kl(self, subject: Subject, dense: Any, asked: KL) -> float:
+        from prunekit.evaluate.divergence import divergence
+
+        first = subject_of(self.recipe, self.view, self.tokenizer, dense)
+        windows = kl_windows(subject, asked)
+        return divergence(first, subject, windows, asked.data, passages=0, progress=self.progress).mean.value
+
     def _embedding(self, model: Any, dense: Any, asked: Embedding) -> float:
         from prunekit.evaluate.embedding import embedding_cosine, feature_cosine
 
         compare = feature_cosine if reads(self.view) == "images" else embedding_cosine
         return compare(dense, model, model_batch(self.view, self.tokenizer, asked), progress=self.progress).mean
+
+
+def kl_windows(subject: Subject, asked: KL) -> Tensor:
+    """Windows of text on which next-token distributions are compared, int64 [n, tokens].
+
+    Raises:
+        UsageError: for data that is missing, or windows longer than the model reads.
+    """
+    from prunekit.calibrate.batches import token_batch
+
+    subject.require_positions(asked.length_tokens, "a window of `evaluate.kl`", hint="lower `length_tokens`")
+    return token_batch(subject.tokenizer, asked.data, asked.sequences, asked.length_tokens)
 
 
 # Sections of `evaluate` that are tasks, and which of their figures tables and `expect` know.

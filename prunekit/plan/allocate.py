@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prunekit.core.errors import PlanError
 from prunekit.core.rounding import n_keep, rounded_keep
-from prunekit.plan.budget import Target, protected
+from prunekit.plan.budget import Scored, Target, best_units, protected
+from prunekit.plan.fit_latency import fit
 from prunekit.plan.plan import Plan
 from prunekit.search._candidates import candidates
 from prunekit.structure.view import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Budget
-    from prunekit.structure.view import Group, ModelView
+    from prunekit.plan.costs import CostTable
+    from prunekit.structure.view import ModelView
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A group with a score a unit, higher = keep."""
-
-    group: Group
-    values: Sequence[float]
-
-
-def allocate(source: ModelView, view: ModelView, kind: str, scored: Sequence[Scored], budget: Budget) -> Plan:
+def allocate(
+    source: ModelView,
+    view: ModelView,
+    kind: str,
+    scored: Sequence[Scored],
+    budget: Budget,
+    table: CostTable | None = None,
+) -> Plan:
     """Cuts that remove the units with the lowest scores; equal scores go in the order of depth.
 
     Args:
@@ -35,6 +35,7 @@ def allocate(source: ModelView, view: ModelView, kind: str, scored: Sequence[Sco
         kind: kind of unit.
         scored: the groups of that kind in `view`.
         budget: how much goes and what stays.
+        table: measured milliseconds, for a budget with `latency_ms`.
     Returns:
         Cuts of `view`.
     Raises:
@@ -43,6 +44,8 @@ def allocate(source: ModelView, view: ModelView, kind: str, scored: Sequence[Sco
     units = [unit for part in scored for unit in part.group.units]
     if not units:
         raise PlanError(f"there are no {kind} to remove")
+    if table is not None and budget.latency_ms is not None and not budget.keep_alternating:
+        return fit(view, kind, scored, budget, table)
     safe = protected(budget.protect, units)
     if kind in WIDTHS or kind == HIDDEN:
         if budget.within == "group":
@@ -50,8 +53,9 @@ def allocate(source: ModelView, view: ModelView, kind: str, scored: Sequence[Sco
         else:
             keep = _ranked(source, view, kind, scored, budget, safe)
         return Plan.make(view, keep=keep)
-    choose = _pairs if budget.keep_alternating else _whole
-    return Plan.make(view, drop=choose(source, view, kind, scored[0], budget, safe))
+    if budget.keep_alternating:
+        return Plan.make(view, drop=_pairs(source, view, kind, scored[0], budget, safe, table))
+    return Plan.make(view, drop=_whole(source, view, kind, scored[0], budget, safe))
 
 
 def _whole(
@@ -76,11 +80,17 @@ def _whole(
 
 
 def _pairs(
-    source: ModelView, view: ModelView, kind: str, scored: Scored, budget: Budget, safe: frozenset[str]
+    source: ModelView,
+    view: ModelView,
+    kind: str,
+    scored: Scored,
+    budget: Budget,
+    safe: frozenset[str],
+    table: CostTable | None,
 ) -> list[str]:
     """Sub-layers that go in pairs of neighbours, the lowest sum of scores first; those left go on taking turns."""
     units, worth = scored.group.units, dict(zip(scored.group.units, scored.values, strict=True))
-    target = Target(source, view, budget, kind, len(units))
+    target = Target(source, view, budget, kind, len(units), table=table)
     gone: frozenset[str] = frozenset()
     removed = 0.0
     while not target.reached(removed) and len(units) - len(gone) - 2 >= budget.min_keep:
@@ -115,7 +125,7 @@ def _alike(
             keep = rounded_keep(width, width - budget.units, budget.multiple_of, budget.min_keep)
         else:
             keep = n_keep(width, share, budget.multiple_of, budget.min_keep)
-        found[part.group.address] = _best(part, keep, safe)
+        found[part.group.address] = best_units(part, keep, safe)
     return found
 
 
@@ -130,16 +140,6 @@ def _share(source: ModelView, view: ModelView, kind: str, scored: Sequence[Score
         why = f"all of them make {there:,.6g} of {target.amount:,.6g} {budget.of}"
         raise PlanError(f"the budget cannot be reached by removing {kind}", why=why, hint="remove less")
     return target.amount / there
-
-
-def _best(part: Scored, keep: int, safe: frozenset[str]) -> list[int]:
-    """Positions of the protected units and of those with the highest scores, ascending."""
-    units, values = part.group.units, part.values
-    fixed = sum(unit in safe for unit in units)
-    if fixed > keep:
-        raise PlanError(f"`protect` keeps {fixed} units of `{part.group.address}`", why=f"only {keep} may stay")
-    order = sorted(range(len(units)), key=lambda i: (units[i] not in safe, -values[i], -i))
-    return sorted(order[:keep])
 
 
 def _ranked(
@@ -166,5 +166,5 @@ def _ranked(
     for part, n in zip(scored, gone, strict=True):
         width = len(part.group.units)
         keep = rounded_keep(width, width - n, budget.multiple_of, budget.min_keep)
-        found[part.group.address] = _best(part, keep, safe)
+        found[part.group.address] = best_units(part, keep, safe)
     return found

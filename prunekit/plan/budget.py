@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,12 +14,21 @@ from prunekit.plan.cost import unit_cost
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Budget
-    from prunekit.structure.view import ModelView
+    from prunekit.plan.costs import CostTable
+    from prunekit.structure.view import Group, ModelView
 
 # Six FFNs of SmolLM2 are 14.998 % of its block parameters: nobody who asks for 15 % wants a seventh to go.
 _SLACK = 0.005
 _NOISE = 1e-9
 UnitCost = Callable[[str, str], float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A group with a score a unit, higher = keep."""
+
+    group: Group
+    values: Sequence[float]
 
 
 class Target:
@@ -34,15 +44,33 @@ class Target:
         kind: kind of unit.
         units: how many units of the kind there are in `view`.
         costs: cost of an address in a measure; the default knows shapes, a search also knows latency.
+        table: what a budget with `latency_ms` is reckoned by; it is met in full.
+    Raises:
+        PlanError: if the budget is of nothing, leaves nothing, or is met as it is.
     """
 
     def __init__(
-        self, source: ModelView, view: ModelView, budget: Budget, kind: str, units: int, costs: UnitCost | None = None
+        self,
+        source: ModelView,
+        view: ModelView,
+        budget: Budget,
+        kind: str,
+        units: int,
+        costs: UnitCost | None = None,
+        table: CostTable | None = None,
     ) -> None:
-        self.of = budget.of
+        self.of: str = budget.of
         self.kind = kind
+        self._slack = _SLACK
         self._costs = costs or (lambda address, of: unit_cost(view, address, of))
-        if budget.units is not None:
+        if budget.latency_ms is not None and table is not None:
+            self.of, self._slack = "latency_ms", 0.0
+            self._costs = lambda address, _: table.unit_ms(view, address)
+            self.amount = table.predict(view) - budget.latency_ms
+            if self.amount <= 0:
+                why = f"the model takes {table.predict(view):,.4g} ms, by the cost table"
+                raise PlanError(f"`latency_ms: {budget.latency_ms:g}` is met as it is", why=why, hint="ask for less")
+        elif budget.units is not None:
             if budget.units >= units:
                 why = f"there are {units} {kind}"
                 raise PlanError(f"`units: {budget.units}` leaves nothing", why=why, hint="remove fewer")
@@ -64,7 +92,21 @@ class Target:
 
     def reached(self, removed: float) -> bool:
         """Whether that much removed is enough: all that was asked for, short of half a per cent of it."""
-        return removed >= self.amount * (1 - _SLACK) - _NOISE
+        return removed >= self.amount * (1 - self._slack) - _NOISE
+
+
+def best_units(part: Scored, keep: int, safe: frozenset[str]) -> list[int]:
+    """Positions of the protected units and of those with the highest scores, ascending.
+
+    Raises:
+        PlanError: if more are protected than may stay.
+    """
+    units, values = part.group.units, part.values
+    fixed = sum(unit in safe for unit in units)
+    if fixed > keep:
+        raise PlanError(f"`protect` keeps {fixed} units of `{part.group.address}`", why=f"only {keep} may stay")
+    order = sorted(range(len(units)), key=lambda i: (units[i] not in safe, -values[i], -i))
+    return sorted(order[:keep])
 
 
 def protected(patterns: Iterable[str], units: Iterable[str]) -> frozenset[str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import PlanError
 from prunekit.core.recipe_model import ALTERNATING
 from prunekit.plan.after import after
-from prunekit.plan.allocate import Scored, allocate
+from prunekit.plan.allocate import allocate
+from prunekit.plan.budget import Scored
 from prunekit.plan.layout import choose_layout
 from prunekit.plan.loads import Place, places, runtimes
 from prunekit.plan.plan import Plan
@@ -173,7 +174,10 @@ def _require_turns(step: Step, view: ModelView, plan: Plan, here: ModelView) -> 
 def _stand_in(step: Step, view: ModelView, plan: Plan) -> Plan:
     """Cuts of a step if all units were worth the same."""
     here, budget = after(view, plan), step.budget
-    if budget.of == "latency_ms":
+    if budget.latency_ms is not None:
+        # How much goes is not known before the costs are; which kind goes decides where the result loads.
+        budget = budget.model_copy(update={"latency_ms": None, "remove": 0.05, "of": "units"})
+    elif budget.of == "latency_ms":
         budget = budget.model_copy(update={"of": "params"})
     scored = [Scored(group, [0.0] * len(group.units)) for group in here.groups(step.remove)]
     return allocate(view, here, step.remove, scored, budget)

@@ -21,6 +21,7 @@ def outcome(
     loads: Mapping[str, str],
     expectations: Sequence[Mapping[str, Any]] = (),
     cut: Mapping[str, Any] | None = None,
+    latency: Mapping[str, Any] | None = None,
 ) -> RenderableType:
     """Everything a person reads after a run, top to bottom.
 
@@ -31,8 +32,11 @@ def outcome(
         loads: where the result loads: target and how.
         expectations: per entry `name`, `limit`, `value`, `ok`.
         cut: measurements after the cut and before healing; None where nothing was healed.
+        latency: target, prediction and measurement of a latency budget; None or empty without one.
     """
     parts: list[RenderableType] = [LayerMap(rows), "", before_after(lines(before, after, cut))]
+    if latency:
+        parts += ["", _latency(latency)]
     if before.get("sample") or after.get("sample"):
         parts += ["", *_samples(before.get("sample"), after.get("sample"))]
     if loads:
@@ -40,6 +44,31 @@ def outcome(
     if expectations:
         parts += ["", _expectations(expectations)]
     return Group(*parts)
+
+
+def _latency(latency: Mapping[str, Any]) -> Table:
+    """What a latency budget asked for, what was predicted, and, once there is a result, what it takes."""
+    head = f"one pass, {latency['batch']} x {latency['tokens']} tokens in {latency['on']}"
+    table = Table(head, box=None, pad_edge=False, header_style="bold")
+    table.add_column("ms", justify="right")
+    names = {
+        "dense_predicted_ms": "dense, by the cost table",
+        "dense_measured_ms": "dense, measured, fastest pass",
+        "target_ms": "asked for at most",
+        "predicted_ms": "predicted",
+        "measured_ms": "measured, fastest pass",
+        "measured_p50_ms": "measured, median",
+    }
+    for key, name in names.items():
+        if key in latency:
+            table.add_row(name, f"{latency[key]:,.4g}")
+    if "predicted_to_measured" in latency:
+        table.add_row("predicted to measured", f"{latency['predicted_to_measured']:.3f}")
+    if "dense_measured_ms" in latency:
+        for side in ("predicted", "measured"):
+            share = latency[f"{side}_ms"] / latency[f"dense_{side}_ms"]
+            table.add_row(f"share of the dense model's time, {side}", f"{share:.3f}")
+    return table
 
 
 def _samples(before: str | None, after: str | None) -> list[RenderableType]:

@@ -38,9 +38,11 @@ MEASURES: tuple[Measure, ...] = (
     Measure("flops_per_token", "compute a token", "flops"),
     Measure("kv_bytes_per_token", "KV cache a token", "bytes"),
     Measure("perplexity", "perplexity", ""),
+    Measure("kl", "KL to the dense model", "nats"),
     Measure("embedding_cosine", "cosine to the dense embedding", ""),
     Measure("prefill_tokens_s", "prefill", "tokens/s"),
     Measure("decode_tokens_s", "decode", "tokens/s"),
+    Measure("latency_ms", "one pass, fastest", "ms"),
 )
 
 

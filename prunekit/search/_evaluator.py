@@ -49,6 +49,7 @@ class Evaluator:
         cost: (address, `params` | `flops` | `kv_bytes`) -> what removing the sub-layer saves.
         protected: addresses that stay.
         batch_tokens: tokens run at once at most; None chooses by device and free memory.
+        latency_known: whether `cost` knows `latency_ms` too, by a cost table.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Evaluator:
         cost: Callable[[str, str], float],
         protected: frozenset[str] = frozenset(),
         batch_tokens: int | None = None,
+        latency_known: bool = False,
     ) -> None:
         self.stack = stack
         self.addresses = stack.addresses
@@ -69,6 +71,7 @@ class Evaluator:
         self._evaluations = 0.0
         self._advance: Callable[[float], None] = lambda amount: None
         self._cost = cost
+        self._latency_known = latency_known
         self._latency: dict[str, float] = {}
         device = stack.model.device
         self._cuda = device.type == "cuda"
@@ -189,9 +192,10 @@ class Evaluator:
         """What removing a sub-layer saves.
 
         Args:
-            of: `params`, `flops`, `kv_bytes`, or `latency_ms`, which is measured once on the calibration data.
+            of: `params`, `flops`, `kv_bytes`, or `latency_ms`, which is measured once on the calibration data unless
+                `cost` knows it.
         """
-        if of != "latency_ms":
+        if of != "latency_ms" or self._latency_known:
             return self._cost(address, of)
         if not self._latency:
             self._latency = self._measured_latency()

@@ -1,7 +1,8 @@
 """What the README, the quickstart and the guides tell people to type is typed here.
 
 A block fenced as `bash` is run; one without a language (placeholders, installation) only has its verbs checked.
-A `yaml` block whose first line is a comment with a file name is that file.
+A `yaml` block whose first line is a comment with a file name is that file; a `python` block whose first line names a
+file of prunekit is added to a copy of the package for the commands of its page.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -57,14 +59,19 @@ RUNNABLE = [block for block in blocks() if block.language == "bash"]
 def run(block: Block, folder: Path) -> None:
     tools = folder / ".bin"
     tools.mkdir(exist_ok=True)
-    tool = tools / "prunekit"
-    tool.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m prunekit.cli.main "$@"\n')
-    tool.chmod(0o755)
+    for name, words in (("prunekit", " -m prunekit.cli.main"), ("python", "")):
+        tool = tools / name
+        tool.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{words} "$@"\n')
+        tool.chmod(0o755)
     for other in blocks():
         name = re.match(r"# ([\w.-]+\.yaml)\n", other.text)
         if other.language == "yaml" and name:
             (folder / name[1]).write_text(other.text)
-    paths = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    package = with_files(block.page, folder)
+    paths = {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{package}{os.pathsep}{ROOT / 'kernels'}",
+    }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=folder,
@@ -73,6 +80,25 @@ def run(block: Block, folder: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, f"{block.page}:\n{block.text}\n{done.stderr[-2000:]}"
+
+
+def with_files(page: str, folder: Path) -> Path:
+    """Where the package of a page's commands lies: a copy where the page adds files to it."""
+    added = {
+        match[1]: block.text
+        for block in blocks()
+        if block.page == page and block.language == "python"
+        for match in [re.match(r"# (prunekit/[\w/]+\.py)\n", block.text)]
+        if match
+    }
+    if not added:
+        return ROOT
+    copy = folder / ".package"
+    if not copy.exists():
+        shutil.copytree(ROOT / "prunekit", copy / "prunekit", ignore=shutil.ignore_patterns("__pycache__"))
+        for name, text in added.items():
+            (copy / name).write_text(text)
+    return copy
 
 
 def test_pages_hold_both_kinds_of_blocks() -> None:

@@ -22,6 +22,7 @@ VERBS = [
     "prune",
     "inspect",
     "score",
+    "costs",
     "plan",
     "apply",
     "heal",

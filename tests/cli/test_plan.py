@@ -52,6 +52,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             before=Cost(params=40_000, **cost),
             after=Cost(params=30_000, **cost),
             orders=[Order("finercut", (OrderStep(("blocks.1.ffn",), 0.25),), {})],
+            latency={},
         )
 
     monkeypatch.setattr("prunekit.pipeline.make_plan", make_plan)

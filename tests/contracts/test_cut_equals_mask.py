@@ -17,7 +17,8 @@ from prunekit.core.errors import PlanError
 from prunekit.core.files import atomic_folder
 from prunekit.core.recipe_model import Budget
 from prunekit.modeling.load import load_model
-from prunekit.plan.allocate import Scored, allocate
+from prunekit.plan.allocate import allocate
+from prunekit.plan.budget import Scored
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import WIDTHS, ModelView

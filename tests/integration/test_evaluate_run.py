@@ -144,6 +144,33 @@ def test_image_model_is_probed(tmp_path: Path) -> None:
     assert found == {"dev.knn": 1.0, "dev.linear": 1.0}
 
 
+def test_image_classifier_is_judged_by_its_head(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = write_tiny("vit", tmp_path / "vit")
+    subject = opened(folder)
+    colours = [(200, 10, 30), (10, 220, 40), (90, 90, 90), (0, 0, 250)]
+    scaled = [[(c / 255 - 0.5) / 0.5 for c in colour] for colour in colours]
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    images = torch.tensor(scaled)[:, :, None, None].expand(-1, 3, 16, 16)
+    with torch.no_grad():
+        logs = subject.model(pixel_values=images).logits.double().log_softmax(-1)
+    # By name and by number: the first two images are said to be what the model says, the others to be something else.
+    said = [(best + (n > 1)) % 5 for n, best in enumerate(logs.argmax(-1).tolist())]
+    for n, (colour, number) in enumerate(zip(colours, said, strict=True)):
+        label = f"LABEL_{number}" if n == 0 else str(number)
+        (tmp_path / "dev" / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "dev" / label / f"{n}.png")
+    (found,) = run(folder, tmp_path, f"classify:{tmp_path / 'dev'}")
+    assert found.figures["acc"].value == 0.5
+    expected = [-float(logs[n, number]) for n, number in enumerate(said)]
+    assert sorted(found.figures["answer_nll"].examples[0]) == pytest.approx(sorted(expected), rel=1e-4)
+    (tmp_path / "dev" / "zebra").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "dev" / "zebra" / "0.png")
+    with pytest.raises(UsageError, match="no class `zebra`"):
+        check([(opened(folder), [parse_task(f"classify:{tmp_path / 'dev'}")])])
+
+
 @pytest.mark.slow
 def test_compare_says_where_models_part(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -294,17 +321,82 @@ def test_nan_is_an_error_and_nothing_is_kept(small: Small, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_exported_folder_gives_torchs_perplexity(small: Small, tmp_path: Path) -> None:
+def test_exported_decoder_gives_torchs_figures(small: Small, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     from prunekit.export.onnx import export_onnx
 
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"context": "The sky is", "choices": [" blue", " very green"], "label": 0}\n' * 2)
+    last = tmp_path / "last.jsonl"
+    last.write_text('{"context": "The sky is", "target": " blue"}\n{"context": "a b", "target": " c d"}\n')
     export_onnx(small("llama"), tmp_path / "onnx")
-    task = "perplexity,sequences=3,length_tokens=24,stride_tokens=8"
-    ours, theirs = (
-        run(f, tmp_path / "cache", task, "latency,prompt_tokens=4,new_tokens=2,repeats=1")
-        for f in (small("llama"), tmp_path / "onnx")
+    tasks = (
+        "perplexity,sequences=3,length_tokens=24,stride_tokens=8",
+        f"multiple_choice:{rows}",
+        f"cloze:{last}",
+        "arithmetic,limit=3",
+        "repetition,limit=3,new_tokens=8",
     )
-    assert ours[0].figures["perplexity"].value == pytest.approx(theirs[0].figures["perplexity"].value, rel=1e-4)
-    assert theirs[1].figures["decode_tokens_s"].value > 0
+    bound = ("latency,prompt_tokens=4,new_tokens=2,repeats=1", "memory,prompt_tokens=4,new_tokens=2")
+    ours, theirs = (run(f, tmp_path / "cache", *tasks, *bound) for f in (small("llama"), tmp_path / "onnx"))
+    for one, other in zip(ours[: len(tasks)], theirs, strict=False):
+        for name, figure in one.figures.items():
+            assert other.figures[name].value == pytest.approx(figure.value, rel=1e-4), (one.asked.label, name)
+    speed, memory = (entry.figures for entry in theirs[len(tasks) :])
+    assert speed["decode_p95_ms"].value >= speed["decode_p50_ms"].value > 0
+    assert speed["prefill_p95_ms"].value >= speed["prefill_p50_ms"].value > 0
+    assert memory["host_bytes"].value > memory["weight_bytes"].value > 0
+    with pytest.raises(UsageError, match="gives no vectors"):
+        check([(opened(tmp_path / "onnx"), [parse_task("probe:subjectivity_dev,limit=2")])])
     with pytest.raises(UsageError, match="cannot measure an ONNX folder"):
-        check([(opened(tmp_path / "onnx"), [parse_task("arithmetic")])])
+        check([(opened(tmp_path / "onnx"), [parse_task("lm_eval:hellaswag")])])
+
+
+@pytest.mark.slow
+def test_exported_encoder_gives_torchs_figures(small: Small, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    from prunekit.export.onnx import export_onnx
+
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"s1": "a {i}", "s2": "{i * i} b c", "score": {i % 3}}}\n' for i in range(6)))
+    export_onnx(small("bert"), tmp_path / "onnx")
+    tasks = (f"similarity:{pairs}", "latency,prompt_tokens=8,repeats=1")
+    ours, theirs = (run(f, tmp_path / "cache", *tasks) for f in (small("bert"), tmp_path / "onnx"))
+    found, expected = (side[0].figures["spearman"] for side in (theirs, ours))
+    assert found.examples[0] == pytest.approx(expected.examples[0], abs=1e-5)
+    assert set(theirs[1].figures) == {"prefill_tokens_s", "prefill_p50_ms", "prefill_p95_ms"}
+
+
+def test_a_device_that_onnxruntime_has_not_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    from prunekit.export.ort import providers
+
+    if len(providers()) > 1:
+        pytest.skip("this ONNX Runtime has CUDA")
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(UsageError, match="does not run on `cuda`"):
+        open_subject(str(tmp_path), "cuda", None, 4)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert open_subject(str(tmp_path), "cuda", None, 4, auto=True).device == "cpu"
+
+
+def test_sparse_attention_is_measured_and_kept_apart(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder, encoder = str(small("llama")), str(small("bert"))
+    monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
+    common = ["evaluate", decoder, "--task", "perplexity,sequences=2,length_tokens=64", "--json", "--quiet"]
+    found = []
+    narrow = "sink_window,sink_tokens=0,window_tokens=2"
+    for more in ([], ["--attention", narrow], ["--attention", "dense"]):
+        assert main([*common, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["models"][0])
+    dense, sparse, whole = ([t["figures"]["perplexity"]["value"] for t in model["tasks"]] for model in found)
+    assert not any(task["reused"] for model in found for task in model["tasks"])
+    assert sparse != pytest.approx(dense, rel=1e-3)
+    assert whole == pytest.approx(dense, rel=1e-5)
+    assert found[1]["attention"]["pattern"] == "sink_window"
+    assert "attention" not in found[0]
+    assert main([*common, "--attention", "powr"]) == 2
+    assert main([*common, "--attention", "sink_window,window_tokens=many"]) == 2
+    assert main(["evaluate", encoder, "--attention", "power"]) == 2

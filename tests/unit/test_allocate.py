@@ -10,8 +10,8 @@ import pytest
 from prunekit.core.errors import PlanError
 from prunekit.core.recipe_model import Budget
 from prunekit.core.rounding import n_keep, n_remove
-from prunekit.plan.allocate import Scored, allocate
-from prunekit.plan.budget import protected
+from prunekit.plan.allocate import allocate
+from prunekit.plan.budget import Scored, protected
 from prunekit.plan.cost import cost, unit_cost
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView

@@ -82,7 +82,7 @@ class Exact:
     """What tasks share whose questions have one answer: a task adds options, and draws questions in `load`."""
 
     reads: ClassVar[tuple[str, ...]] = ("text",)
-    backends: ClassVar[tuple[str, ...]] = ("torch",)
+    backends: ClassVar[tuple[str, ...]] = ("torch", "onnx")
     limits: ClassVar[str] = "limit"
     machine_bound: ClassVar[bool] = False
     version: ClassVar[int] = 1

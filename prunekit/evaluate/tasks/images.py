@@ -41,7 +41,7 @@ class Images:
     size: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     reads: ClassVar[tuple[str, ...]] = ("images",)
-    backends: ClassVar[tuple[str, ...]] = ("torch",)
+    backends: ClassVar[tuple[str, ...]] = ("torch", "onnx")
     limits: ClassVar[str] = "limit"
     machine_bound: ClassVar[bool] = False
     version: ClassVar[int] = 1

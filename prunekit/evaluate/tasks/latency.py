@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -54,11 +54,6 @@ class Latency:
 
     def prepare(self, data: None, subject: Subject) -> None:
         """Checks the length."""
-        from prunekit.core.errors import UsageError
-
-        if subject.backend == "onnx" and subject.kind != "text":
-            why = "the speed of an exported encoder is not measured yet"
-            raise UsageError(f"`latency` cannot measure `{subject.name}`", why=why)
         if subject.kind != "images":
             total = self.prompt_tokens + (self.new_tokens if subject.kind == "text" else 0)
             subject.require_positions(total, "what `latency` reads and writes", hint="lower `prompt_tokens`")
@@ -66,13 +61,8 @@ class Latency:
     def run(self, prepared: None, subject: Subject, progress: Progress) -> Mapping[str, Figure]:
         """Figures that the model has: an encoder has no decode."""
         from prunekit.evaluate.latency import measure_latency
-        from prunekit.evaluate.onnx import onnx_latency
 
-        asked: Any = (self.batch, self.prompt_tokens, self.new_tokens, self.repeats, progress)
-        if subject.backend == "onnx":
-            found = onnx_latency(subject.model, subject.config["vocab_size"], *asked)
-        else:
-            found = measure_latency(subject.model, *asked)
+        found = measure_latency(subject.model, self.batch, self.prompt_tokens, self.new_tokens, self.repeats, progress)
         values = {
             "prefill_tokens_s": found.prefill_tokens_s,
             "decode_tokens_s": found.decode_tokens_s,

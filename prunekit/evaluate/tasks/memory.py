@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -21,8 +21,8 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 class Memory:
     """Largest memory of the process while the model reads and writes, its weights, Python and torch included.
 
-    On a GPU also the largest that tensors took there. What ran before in the same process may still hold memory that
-    the system counts; a command of its own is the fairest measurement.
+    On a GPU also the largest that torch's tensors took there, which leaves out what ONNX Runtime takes. What ran before
+    in the same process may still hold memory that the system counts; a command of its own is the fairest measurement.
 
     Args:
         batch: sequences at once.
@@ -35,7 +35,7 @@ class Memory:
     new_tokens: Count = 8
 
     reads: ClassVar[tuple[str, ...]] = ("text", "sentences", "images")
-    backends: ClassVar[tuple[str, ...]] = ("torch",)
+    backends: ClassVar[tuple[str, ...]] = ("torch", "onnx")
     limits: ClassVar[str] = ""
     machine_bound: ClassVar[bool] = True
     version: ClassVar[int] = 1
@@ -58,10 +58,16 @@ class Memory:
         model = subject.model
         with peak_memory(model.device) as peak:
             measure_latency(model, self.batch, self.prompt_tokens, self.new_tokens, 1, progress)
-        weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
         found = {
             "host_bytes": peak.host_bytes,
             "device_bytes": peak.device_bytes,
-            "weight_bytes": sum(weights.values()),
+            "weight_bytes": weight_bytes(model),
         }
         return {name: Figure(float(v), "lower", "bytes") for name, v in found.items() if v is not None}
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's weights: in memory, or of an ONNX folder's files."""
+    if hasattr(model, "weight_bytes"):
+        return int(model.weight_bytes)
+    return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())

@@ -34,7 +34,7 @@ class MultipleChoice:
     limit: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     reads: ClassVar[tuple[str, ...]] = ("text",)
-    backends: ClassVar[tuple[str, ...]] = ("torch",)
+    backends: ClassVar[tuple[str, ...]] = ("torch", "onnx")
     limits: ClassVar[str] = "limit"
     machine_bound: ClassVar[bool] = False
     version: ClassVar[int] = 1

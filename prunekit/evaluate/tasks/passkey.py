@@ -38,7 +38,7 @@ class Passkey:
     seed: Seed = 0
 
     reads: ClassVar[tuple[str, ...]] = ("text",)
-    backends: ClassVar[tuple[str, ...]] = ("torch",)
+    backends: ClassVar[tuple[str, ...]] = ("torch", "onnx")
     limits: ClassVar[str] = "limit"
     machine_bound: ClassVar[bool] = False
     version: ClassVar[int] = 1

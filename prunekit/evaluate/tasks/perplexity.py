@@ -68,14 +68,10 @@ class Perplexity:
 
     def run(self, prepared: tuple[Any, Any], subject: Subject, progress: Progress) -> Mapping[str, Figure]:
         """One figure; its examples are windows: their summed negative log-likelihood and their tokens."""
-        from prunekit.evaluate.onnx import onnx_perplexity
         from prunekit.evaluate.perplexity import perplexity
 
         ids, scored = prepared
-        if subject.backend == "onnx":
-            found = onnx_perplexity(subject.model, ids, progress, scored)
-        else:
-            found = perplexity(subject.model, ids, self._batch(subject), progress, scored)
+        found = perplexity(subject.model, ids, self._batch(subject), progress, scored)
         counts = [float(count) for count in found.window_tokens]
         return {"perplexity": Figure.of("exp_mean", found.window_nll, counts, better="lower")}
 

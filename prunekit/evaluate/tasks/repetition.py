@@ -39,7 +39,7 @@ class Repetition:
     n: Count = 4
 
     reads: ClassVar[tuple[str, ...]] = ("text",)
-    backends: ClassVar[tuple[str, ...]] = ("torch",)
+    backends: ClassVar[tuple[str, ...]] = ("torch", "onnx")
     limits: ClassVar[str] = "limit"
     machine_bound: ClassVar[bool] = False
     version: ClassVar[int] = 1

@@ -35,7 +35,7 @@ class Similarity:
     length_tokens: Annotated[int, Field(ge=2, strict=True)] | None = None
 
     reads: ClassVar[tuple[str, ...]] = ("sentences", "text")
-    backends: ClassVar[tuple[str, ...]] = ("torch",)
+    backends: ClassVar[tuple[str, ...]] = ("torch", "onnx")
     limits: ClassVar[str] = "limit"
     machine_bound: ClassVar[bool] = False
     version: ClassVar[int] = 1

@@ -83,7 +83,9 @@ def policy(section: Mapping[str, Any] | str | Pattern, layers: tuple[int, ...] |
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise UsageError(f"`{unknown[0]}` is no option of pattern `{name}`", hint=f"there are {', '.join(allowed)}")
-    return Policy(known(**options), layers if listed is None else tuple(int(layer) for layer in listed))
+    if listed is not None and not (isinstance(listed, list | tuple) and all(type(n) is int for n in listed)):
+        raise UsageError(f"`layers: {listed}` is no list of layers", hint="for example layers=[2, 3]")
+    return Policy(known(**options), layers if listed is None else tuple(listed))
 
 
 @functools.lru_cache(maxsize=64)
