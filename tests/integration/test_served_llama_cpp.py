@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, trainers
 
 from prunekit.checkpoint.sources import resolve
 from prunekit.export.gguf import export_gguf
@@ -15,7 +17,7 @@ from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
 from prunekit.surgery import engine
 from tests.served import PROMPTS, LlamaCpp, torch_run
-from tests.tiny import BLOCKS
+from tests.tiny import BLOCKS, write_tiny
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -70,6 +72,26 @@ def test_frequencies_of_llama_3_agree_with_torch(small: Callable[[str], Path], t
     folder = small("llama-3.1")
     report = export_gguf(folder, tmp_path / "gguf", type="f32")
     assert compared(folder, tmp_path / "gguf" / report.file) < 1e-5
+
+
+def test_sentencepiece_gives_the_same_ids(tmp_path: Path) -> None:
+    """A tokenizer made as Llama 2's is, of this repository's changelog."""
+    text = (Path(__file__).parents[2] / "CHANGELOG.md").read_text("utf-8")
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    tokenizer.train_from_iterator(text.split(), trainer)
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in bytes_]
+    folder = write_tiny("llama", tmp_path / "m", vocab_size=900)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    report = export_gguf(folder, tmp_path / "gguf")
+    llama, tokenizer = LlamaCpp(tmp_path / "gguf" / report.file), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for sample in (*PROMPTS, text[200:500]):
+        assert llama.ids(sample) == tokenizer.encode(sample).ids
 
 
 @pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0"])
