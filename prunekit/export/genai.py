@@ -71,24 +71,28 @@ def export_genai(model_folder: Path, out_folder: Path, progress: Progress = NULL
     require_packages()
     view = ModelView.open(model_folder)
     require_decoder(view)
+    ids = _special_ids(view)
     with atomic_folder(out_folder, overwrite=out_folder.exists()) as unfinished:
         report = export_onnx(model_folder, unfinished, progress, plain_heads=True)
         caches = _caches(unfinished / "model.onnx")
-        config = genai_config(view, caches, report.inputs)
+        config = genai_config(view, ids, caches, report.inputs)
         write_json(unfinished / CONFIG, config)
     return GenaiReport(report, config["model"]["type"], tuple(heads for heads, _ in caches))
 
 
-def genai_config(view: ModelView, caches: list[tuple[int, int]], inputs: tuple[str, ...]) -> dict[str, Any]:
+def genai_config(
+    view: ModelView, ids: Mapping[str, Any], caches: list[tuple[int, int]], inputs: tuple[str, ...]
+) -> dict[str, Any]:
     """Content of `genai_config.json`.
 
     Args:
         view: the model.
+        ids: of the first, the last and the padding token.
         caches: KV heads and head width of each layer with a cache, in order; the runtime reads those of every layer
             from the graph, and takes the first where the file names one number.
         inputs: names of the graph's inputs.
     """
-    text, ids = view.text, _special_ids(view)
+    text = view.text
     context = int(text.get("max_position_embeddings") or text.get("n_positions") or 2048)
     given = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     return {
@@ -128,7 +132,11 @@ def genai_config(view: ModelView, caches: list[tuple[int, int]], inputs: tuple[s
 
 
 def _special_ids(view: ModelView) -> dict[str, Any]:
-    """First, last and padding token, as generation takes them; padding is the last token where nothing is said."""
+    """First, last and padding token, as generation takes them; padding is the last token where nothing is said.
+
+    Raises:
+        ExportError: if no token ends a text, or one that the vocabulary does not have: the runtime would write past it.
+    """
     file = view.checkpoint.folder / "generation_config.json"
     said: Mapping[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
@@ -136,14 +144,15 @@ def _special_ids(view: ModelView) -> dict[str, Any]:
         value = said.get(name)
         return view.text.get(name) if value is None else value
 
-    end = found("eos_token_id")
-    if end is None:
+    end, words = found("eos_token_id"), int(view.text["vocab_size"])
+    ends = end if isinstance(end, list) else [end]
+    if not all(isinstance(token, int) and 0 <= token < words for token in ends) or not ends:
         raise ExportError(
-            "the model names no token that ends a text",
-            why=f"{CONFIG} needs one",
-            hint="set `eos_token_id` in its config.json",
+            f"`eos_token_id: {end}` is no token of the model",
+            why=f"{CONFIG} needs the token that ends a text, and there are {words}",
+            hint="set `eos_token_id` in config.json or generation_config.json",
         )
-    last = end[0] if isinstance(end, list) else end
+    last = ends[0]
     first, padding = found("bos_token_id"), found("pad_token_id")
     return {
         "bos_token_id": last if first is None else first,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.checkpoint.reader import Checkpoint, torch_dtypes
 from prunekit.checkpoint.sources import resolve
 from prunekit.checkpoint.writer import OutTensor, Stored, disk_errors, write_weights
-from prunekit.core.errors import ExportError, PlanError
+from prunekit.core.errors import CheckpointError, ExportError, PlanError
 from prunekit.core.files import atomic_folder, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.plan.layout import Layout, choose_layout
@@ -134,16 +134,21 @@ def open_cut(model_folder: Path, source: str | None = None, progress: Progress =
         source: the dense model, where it is no longer what the manifest names.
         progress: told of downloads.
     Raises:
-        ExportError: if the folder has no manifest, or the source is another model.
+        ExportError: if the folder has no manifest, or the source is not found.
+        PlanError: if the source is another model.
     """
     file = model_folder / _MANIFEST
     if not file.is_file():
         hint = "only folders of `prunekit prune` can be masked"
         raise ExportError(f"`{model_folder}` has no {_MANIFEST}", why="it says what was removed", hint=hint)
     manifest = json.loads(file.read_text("utf-8"))
-    said = manifest["source"]
-    revision = said.get("revision") if source is None else None
-    dense = ModelView.open(resolve(source or said["name"], revision, progress=progress).folder)
+    said = manifest["recipe"]["model"] if source is None else {"source": source}
+    try:
+        dense = ModelView.open(resolve(said["source"], said.get("revision"), progress=progress).folder)
+    except CheckpointError as error:
+        raise ExportError(
+            f"the model that was cut is not found: {error}", error.why, "give it as --source MODEL", error.at
+        ) from error
     plan = Plan.from_json(manifest["plan"])
     plan.check(dense)
     wanted = "heterogeneous" if manifest["layout"] == "heterogeneous" else "auto"

@@ -70,8 +70,8 @@ def _require_gguf(view: ModelView, plan: Plan | None) -> None:
     from prunekit.export.gguf import require_gguf
     from prunekit.plan.gguf_rules import gguf_layout, require_family
 
-    require_gguf(view)
     require_family(view)
+    require_gguf(view)
     if plan is not None:
         gguf_layout(view, plan)
 

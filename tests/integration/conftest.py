@@ -15,6 +15,8 @@ from tests.tiny import write_tiny
 # Tiny families with other settings.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-no-window": ("qwen2", {"use_sliding_window": False}),
+    "llama-256": ("llama", {"intermediate_size": 256, "attention_bias": False}),
+    "gpt2-ids": ("gpt2", {"bos_token_id": 1, "eos_token_id": 2}),
     "llama-3.1": (
         "llama",
         {

@@ -25,7 +25,7 @@ UNEVEN = {"blocks.1.ffn.neurons": range(5, 25), "blocks.2.attention.kv_groups": 
     ("family", "drop", "keep", "type", "kv_heads"),
     [
         ("llama", HOLES, UNEVEN, "llama", (2, 1, 2)),
-        ("gpt2", ["blocks.1.ffn", "blocks.2.attention"], {}, "llama", (4, 4, 4)),
+        ("gpt2-ids", ["blocks.1.ffn", "blocks.2.attention"], {}, "llama", (4, 4, 4)),
         ("qwen3", [], {}, "qwen3", (2, 2, 2, 2)),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunekit.core.errors import PlanError
+from prunekit.core.errors import ExportError, PlanError
 from prunekit.export.masked import Cut, export_masked, open_cut
 from prunekit.modeling.load import load_model
 from prunekit.plan.layout import choose_layout
@@ -84,11 +84,14 @@ def test_what_zeros_cannot_say_is_refused(tmp_path: Path, family: str, drop: Any
 def test_manifest_says_what_was_cut(tmp_path: Path) -> None:
     write_tiny("llama", tmp_path / "dense")
     made = cut(tmp_path, PAIR, {})
-    source = {"name": str(tmp_path / "dense"), "kind": "folder", "revision": None}
-    manifest = {"plan": made.plan.to_json(), "layout": made.layout.kind, "source": source}
+    recipe = {"model": {"source": str(tmp_path / "dense")}}
+    manifest = {"plan": made.plan.to_json(), "layout": made.layout.kind, "recipe": recipe}
     (made.folder / "prunekit.json").write_text(json.dumps(manifest))
     again = open_cut(made.folder)
     assert (again.plan.drop, again.layout) == (made.plan.drop, choose_layout(made.dense, made.plan))
+    with pytest.raises(ExportError, match="not found") as caught:
+        open_cut(made.folder, str(tmp_path / "nowhere"))
+    assert "--source" in caught.value.hint
     write_tiny("llama", tmp_path / "other", num_hidden_layers=2)
     with pytest.raises(PlanError, match="another model"):
         open_cut(made.folder, str(tmp_path / "other"))
