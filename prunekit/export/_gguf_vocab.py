@@ -175,9 +175,8 @@ def _added(tokenizer: Any) -> dict[str, bool]:
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     front, back = len(ids) > len(plain) and ids[0] != plain[0], len(ids) > len(plain) and ids[-1] != plain[-1]
-    for put, wanted in ((front, tokenizer.bos_token_id), (back, tokenizer.eos_token_id)):
-        if put and (ids[0] if put is front else ids[-1]) != wanted:
-            raise _refused("it puts other tokens round a text than `bos` and `eos`")
+    if (front and ids[0] != tokenizer.bos_token_id) or (back and ids[-1] != tokenizer.eos_token_id):
+        raise _refused("it puts other tokens round a text than `bos` and `eos`")
     return {"bos": front, "eos": back}
 
 

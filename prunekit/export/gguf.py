@@ -224,7 +224,12 @@ def _write(
         writer.write_ti_data_to_file()
         with progress.task("writing", total=float(sum(np.prod(out.shape) for out in outs)), unit="weights") as task:
             for out, stored in zip(outs, types, strict=True):
-                writer.write_tensor_data(gguf.quants.quantize(_values(view, out), stored))
+                with np.errstate(over="ignore"):
+                    data = gguf.quants.quantize(_values(view, out), stored)
+                if stored == gguf.GGMLQuantizationType.F16 and not np.isfinite(data).all():
+                    what = f"`{out.source}` holds values that float16 cannot"
+                    raise ExportError(what, hint="choose another type, such as bf16 or f32")
+                writer.write_tensor_data(data)
                 task.advance(float(np.prod(out.shape)))
             if factors is not None:
                 writer.write_tensor_data(factors)
@@ -288,7 +293,7 @@ def _write_metadata(writer: gguf.GGUFWriter, view: ModelView, layout: GgufLayout
     heads = [a["kv"] * a["rep"] if a else int(f"blocks.{i}.attention" in padded) for i, (a, _) in enumerate(widths)]
     kv = [a["kv"] if a else int(f"blocks.{i}.attention" in padded) for i, (a, _) in enumerate(widths)]
     neurons = [f["ffn"] if f else _PAD_NEURONS * (f"blocks.{i}.ffn" in padded) for i, (_, f) in enumerate(widths)]
-    writer.add_name(str(view.config.get("_name_or_path") or view.checkpoint.folder.resolve().name))
+    writer.add_name(Path(str(view.config.get("_name_or_path") or view.model_type)).name)
     writer.add_type("model")
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[type]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

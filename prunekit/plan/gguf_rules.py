@@ -155,7 +155,7 @@ def _config_reason(view: ModelView) -> str:
     text, classes = view.text, view.config.get("architectures") or [""]
     if not classes[0].endswith(("ForCausalLM", "LMHeadModel")):
         return f"`{classes[0]}` is no language model with a head"
-    window = text.get("sliding_window") if text.get("use_sliding_window", view.model_type != "qwen2") else None
+    window = text.get("sliding_window") if text.get("use_sliding_window", view.model_type == "mistral") else None
     if window and window < text.get("max_position_embeddings", 0):
         return f"its graphs know no sliding window, and attention sees {window} tokens"
     rope = rope_of(text)

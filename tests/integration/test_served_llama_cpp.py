@@ -94,7 +94,7 @@ def test_sentencepiece_gives_the_same_ids(tmp_path: Path) -> None:
         assert llama.ids(sample) == tokenizer.encode(sample).ids
 
 
-@pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("type", ["f32", "f16", "q8_0"])
 def test_pretrained_model_writes_what_torch_writes(tmp_path: Path, type: Any) -> None:
     """SmolLM2 without two sub-layers half a block apart, a shorter stock model; its q8_0 need not give the same."""
     view = ModelView.open(resolve("smollm2-135m-instruct").folder)
@@ -102,9 +102,9 @@ def test_pretrained_model_writes_what_torch_writes(tmp_path: Path, type: Any) ->
     engine.apply(view, Plan.make(view, ["blocks.11.ffn", "blocks.12.attention"]), tmp_path / "cut")
     report = export_gguf(tmp_path / "cut", tmp_path / "gguf", type=type)
     llama = LlamaCpp(tmp_path / "gguf" / report.file)
-    limits = {"f32": 1e-3, "f16": 5e-3, "bf16": 3e-2, "q8_0": 1e-1}
+    limits = {"f32": 1e-3, "f16": 5e-3, "q8_0": 1e-1}
     for prompt, (ids, logits, tokens) in zip(PROMPTS, torch_run(tmp_path / "cut", 16), strict=True):
         assert llama.ids(prompt) == ids
         found, made = llama.run(ids, 16)
         assert np.abs(found - logits).max() < limits[type] * np.abs(logits).max()
-        assert made == tokens or type in ("bf16", "q8_0")
+        assert made == tokens or type == "q8_0"

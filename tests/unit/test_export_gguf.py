@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from prunekit.core.errors import ExportError, PlanError
 from prunekit.export._gguf_vocab import pre_tokenizer, read_vocabulary
@@ -198,6 +199,35 @@ def test_rows_without_a_token_are_unused_and_too_many_tokens_refused(tmp_path: P
     assert found.adds == {"bos": False, "eos": False}
     with pytest.raises(ExportError):
         read_vocabulary(folder, 29)
+
+
+def test_tokens_round_a_text_are_said(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, processors
+
+    folder = write_tokenizer(write_tiny("llama", tmp_path / "m"))
+    file = str(folder / "tokenizer.json")
+    for template, found in (("<s> $A </s>", {"bos": True, "eos": True}), ("<s> $A", {"bos": True, "eos": False})):
+        tokenizer = Tokenizer.from_file(file)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, pair=None, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        tokenizer.save(file)
+        assert read_vocabulary(folder, VOCAB).adds == found
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    tokenizer.save(file)
+    with pytest.raises(ExportError) as caught:
+        read_vocabulary(folder, VOCAB)
+    assert "other tokens round a text" in caught.value.why
+
+
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(write_tiny("llama", tmp_path / "m"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = 1e5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"layers\.2\.mlp\.up_proj"):
+        export_gguf(folder, tmp_path / "out", type="f16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
