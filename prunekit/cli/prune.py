@@ -27,7 +27,9 @@ def prune(
     of: Annotated[str | None, typer.Option(help=f"{_SHORT}: what the fraction is of [params].")] = None,
     method: Annotated[str | None, typer.Option(help=f"{_SHORT}: score or search that chooses [finercut].")] = None,
     set_: options.Set = None,
-    formats: Annotated[str | None, typer.Option(help="Formats to write: safetensors or safetensors,onnx.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Formats to write: safetensors,onnx or more, as `export.formats` in recipes.")
+    ] = None,
     overwrite: options.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it costs; write nothing.")] = False,
     json: options.Json = False,

@@ -16,7 +16,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 
 _CHUNK = 1 << 20
 # What a folder must hold for `overwrite` to delete it: someone's home folder given by mistake holds none of these.
-_OURS = ("config.json", "prunekit.json", "model.onnx", "*.safetensors")
+_OURS = ("config.json", "prunekit.json", "model.onnx", "*.safetensors", "*.gguf")
 
 
 def sha256_file(path: Path) -> str:

@@ -21,9 +21,6 @@ NOT_BUILT = {
 }
 _NOT_BUILT_VALUES = {
     ("remove", "vocab"),
-    ("formats", "gguf"),
-    ("formats", "nemotron_nas"),
-    ("formats", "masked"),
     ("layout", "masked"),
 }
 _SHAPES = {

@@ -208,8 +208,13 @@ class Step(Part):
 class Export(Part):
     """What is written."""
 
-    formats: tuple[Literal["safetensors", "onnx"], ...] = Field(
-        default=("safetensors",), min_length=1, description="Formats; ONNX goes to the folder `onnx` in the output."
+    formats: tuple[Literal["safetensors", "onnx", "gguf", "deci", "genai", "masked"], ...] = Field(
+        default=("safetensors",),
+        min_length=1,
+        description="Formats; each but safetensors goes to a folder of its name in the output.",
+    )
+    gguf_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(
+        default="auto", description="Type of matrices in the GGUF file; `auto` is that of the checkpoint."
     )
     layout: Literal["auto", "stock", "heterogeneous"] = Field(
         default="auto", description="`stock` fails where the stock class could not load the result."

@@ -66,11 +66,14 @@ def sample_inputs(model: PreTrainedModel, batch: int, length: int, pad: int = 0,
     return inputs
 
 
-def trace(model: PreTrainedModel, opset: int | None = None) -> onnx_ir.Model:
+def trace(model: PreTrainedModel, opset: int | None = None, plain_heads: bool = False) -> onnx_ir.Model:
     """ONNX graph of a model, batch and lengths dynamic.
 
     A decoder becomes one graph that prefills from an empty cache, decodes a token and continues with several:
     `past_key_values.<n>.key|value` in, `present.<n>.key|value` out, n counting the attention layers that are left.
+
+    Args:
+        plain_heads: write the numbers of KV heads as numbers also where layers differ in them.
 
     Raises:
         ExportError: if the model cannot be traced, or its graph lost an input.
@@ -99,7 +102,7 @@ def trace(model: PreTrainedModel, opset: int | None = None) -> onnx_ir.Model:
     # transformers before 5.23 returns torch's ONNXProgram, which keeps the graph as `model`.
     ir = exported.program if hasattr(exported, "program") else exported.model
     _rename(ir)
-    _name_axes(ir)
+    _name_axes(ir, plain_heads)
     _strip(ir)
     _require_inputs(ir, [name for name, value in parts.items() if isinstance(value, torch.Tensor)], is_decoder(model))
     return ir
@@ -145,11 +148,11 @@ def _rename(ir: onnx_ir.Model) -> None:
             value.name = f"{prefix}.{order[int(match[1])]}.{match[2]}"
 
 
-def _name_axes(ir: onnx_ir.Model) -> None:
+def _name_axes(ir: onnx_ir.Model, plain_heads: bool) -> None:
     """Replaces the tracer's symbols (`s44`) by what the axes are; numbers written as symbols become numbers.
 
-    The KV head axis stays symbolic where layers differ in it: runtimes that feed one shape of empty cache to every
-    layer can then still open the graph, since an empty tensor adds nothing.
+    The KV head axis stays symbolic where layers differ in it, unless `plain_heads`: runtimes that feed one shape of
+    empty cache to every layer can then still open the graph, since an empty tensor adds nothing.
     """
     import onnx_ir
 
@@ -165,7 +168,7 @@ def _name_axes(ir: onnx_ir.Model) -> None:
             if role and text and text.isidentifier():
                 names.setdefault(text, role)
     kv_heads = {str(v.shape[1]) for v in ir.graph.inputs if (v.name or "").startswith("past_") and v.shape}
-    uneven = len(kv_heads) > 1
+    uneven = len(kv_heads) > 1 and not plain_heads
     for value in _values(ir):
         if value.shape is None:
             continue

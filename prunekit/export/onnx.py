@@ -53,7 +53,12 @@ class OnnxReport:
 
 
 def export_onnx(
-    model_folder: Path, out_folder: Path, progress: Progress = NULL_PROGRESS, *, opset: int | None = None
+    model_folder: Path,
+    out_folder: Path,
+    progress: Progress = NULL_PROGRESS,
+    *,
+    opset: int | None = None,
+    plain_heads: bool = False,
 ) -> OnnxReport:
     """Writes a checkpoint as ONNX and compares it with torch before the folder appears.
 
@@ -64,6 +69,8 @@ def export_onnx(
         out_folder: folder to write; it may exist if it is empty.
         progress: told of each stage.
         opset: ONNX operator set; the exporter's default if None.
+        plain_heads: write the numbers of KV heads as numbers also where layers differ in them, as onnxruntime-genai
+            reads them.
 
     Raises:
         ExportError: if a package is missing, the folder is in use, the model cannot be traced, or ONNX Runtime
@@ -81,7 +88,7 @@ def export_onnx(
     with progress.task("exporting to ONNX", total=4, unit="stages") as task:
         model = load_model(model_folder)
         task.advance(1)
-        graph = trace(model, opset)
+        graph = trace(model, opset, plain_heads)
         names = [[value.name or "" for value in values] for values in (graph.graph.inputs, graph.graph.outputs)]
         version = graph.opset_imports[""]
         task.advance(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODELING_FILE = "modeling_prunekit.py"
+# Files that a folder brings to be loaded without prunekit: of heterogeneous folders, and of DeciLM ones.
+_OWN_FILES = {"prunekit": (MODELING_FILE,), "nemotron-nas": ("configuration_decilm.py", "modeling_decilm.py")}
 # float64 in both: the same sums, so next to nothing. float32 in one of them: 1e-6 to 1.5e-4 of the largest output was
 # measured, the larger figures on heavily pruned models; a lost weight or a stale position gives 1e-2 and more.
 REL_TOLERANCE = {"float64": 1e-9, "float32": 5e-4}
@@ -129,7 +132,7 @@ def verify(
 
     A stock folder is loaded once beside prunekit and once where prunekit cannot be imported. A heterogeneous one is
     loaded by `import prunekit`, and without prunekit by its own modeling file under `trust_remote_code`, after that
-    file was found equal to prunekit's.
+    file was found equal to prunekit's. A DeciLM one is loaded in the second way alone.
 
     Args:
         folder: checkpoint folder; ONNX files are expected in its `onnx` folder, if anywhere.
@@ -152,9 +155,11 @@ def verify(
     checks.insert(0, Check("the folder can be read", True, f"{len(checkpoint.tensors)} tensors"))
     checks.append(_dtype_check(checkpoint))
     gc.collect()
-    ways = ["prunekit", "remote_code" if _heterogeneous(checkpoint.config) else "plain"]
-    if ways[1] == "remote_code" and not _own_modeling_file(folder, checks):
-        ways.pop()
+    ways = ["prunekit", "plain"]
+    if _code(checkpoint.config):
+        # prunekit registers its own model types; DeciLM's it only writes.
+        ways = ["prunekit"] if _heterogeneous(checkpoint.config) else []
+        ways += ["remote_code"] if _own_files(folder, checkpoint.config, checks) else []
     dtype = "float64" if _n_params(checkpoint) <= FLOAT64_PARAMS else "float32"
     answers: dict[str, dict[str, Any]] = {}
     with (
@@ -203,14 +208,14 @@ def _heterogeneous(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type", "")).startswith("prunekit_")
 
 
+def _code(config: Mapping[str, Any]) -> str:
+    """Key of `_OWN_FILES` of a folder that needs code of its own, "" where it needs none."""
+    kind = "prunekit" if _heterogeneous(config) else str(config.get("model_type", ""))
+    return kind if kind in _OWN_FILES else ""
+
+
 def _n_params(checkpoint: Checkpoint) -> int:
-    total = 0
-    for info in checkpoint.tensors.values():
-        size = 1
-        for width in info.shape:
-            size *= width
-        total += size
-    return total
+    return sum(math.prod(info.shape) for info in checkpoint.tensors.values())
 
 
 def _dtype_check(checkpoint: Checkpoint) -> Check:
@@ -225,16 +230,18 @@ def _dtype_check(checkpoint: Checkpoint) -> Check:
     return Check("dtype is the configuration's", _CODES.get(str(claimed)) == most, f"{most}, configured {claimed}")
 
 
-def _own_modeling_file(folder: Path, checks: list[Check]) -> bool:
-    """Whether the folder's modeling file is prunekit's, byte for byte, so that running it is no risk."""
+def _own_files(folder: Path, config: Mapping[str, Any], checks: list[Check]) -> bool:
+    """Whether the folder's modeling files are prunekit's, byte for byte, so that running them is no risk."""
     import prunekit.modeling
 
-    ours = Path(prunekit.modeling.__path__[0]) / MODELING_FILE
-    file = folder / MODELING_FILE
-    same = file.is_file() and not file.is_symlink() and sha256_file(file) == sha256_file(ours)
-    detail = "" if same else "it is not run; write the folder again with this version of prunekit"
-    checks.append(Check(f"{MODELING_FILE} is prunekit's", same, detail))
-    return same
+    home, good = Path(prunekit.modeling.__path__[0]), True
+    for name in _OWN_FILES[_code(config)]:
+        file = folder / name
+        same = file.is_file() and not file.is_symlink() and sha256_file(file) == sha256_file(home / name)
+        detail = "" if same else "it is not run; write the folder again with this version of prunekit"
+        checks.append(Check(f"{name} is prunekit's", same, detail))
+        good = good and same
+    return good
 
 
 def _ask(
@@ -258,7 +265,7 @@ def _ask(
         "folder": str(folder.resolve()),
         "way": way,
         "architecture": (list(config.get("architectures") or ()) or [""])[0],
-        "auto_class": auto if _heterogeneous(config) else "",
+        "auto_class": auto if _code(config) else "",
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "texts": texts,
@@ -367,6 +374,9 @@ def expected_kv_heads(config: Mapping[str, Any]) -> list[int] | None:
     heads = config.get("num_key_value_heads") or heads
     if blocks is None or heads is None:
         return None
+    if _code(config) == "nemotron-nas":
+        parts = [entry["attention"] for entry in config["block_configs"]]
+        return [config["num_attention_heads"] // part["n_heads_in_group"] for part in parts if not part["no_op"]]
     section = config.get("prunekit") if _heterogeneous(config) else None
     layers = {int(key): value for key, value in ((section or {}).get("per_layer_config") or {}).items()}
     kept = [layers.get(i, {}) for i in range(blocks)]

@@ -32,7 +32,9 @@ from prunekit.plan.loads import loads
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe
+    from prunekit.export.masked import Cut
     from prunekit.export.verify import Reference, VerifyReport
+    from prunekit.plan.plan import Plan
     from prunekit.structure.view import ModelView
 
 MANIFEST, RECIPE, ONNX = "prunekit.json", "recipe.yaml", "onnx"
@@ -54,6 +56,7 @@ class Result:
             the model card say so.
         verified: the checks in fresh processes.
         seconds: of the parts of the run.
+        exports: what each format besides safetensors says of itself, by its name.
     """
 
     output: Path
@@ -66,6 +69,7 @@ class Result:
     cut: Mapping[str, Any] = field(default_factory=dict)
     heal: Mapping[str, Any] = field(default_factory=dict)
     latency: Mapping[str, Any] = field(default_factory=dict)
+    exports: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -80,6 +84,7 @@ class Result:
             **({"cut": dict(self.cut), "heal": dict(self.heal)} if self.heal else {}),
             "after": dict(self.after),
             **({"latency": dict(self.latency)} if self.latency else {}),
+            **({"exports": dict(self.exports)} if self.exports else {}),
             "expectations": self.expectations,
             "verified": self.verified.to_json(),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
@@ -106,6 +111,7 @@ def run(
     _check_first(recipe, output, overwrite)
     made = make_plan(recipe, progress, talk, learning.work_folder(output))
     clock.lap("plan")
+    _require_formats(recipe, made.view, made.plan)
     check_evaluation(made.view, recipe)
     if recipe.repair is not None:
         talk(f"repairing by {recipe.repair.method}")
@@ -140,13 +146,10 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
             require_one_process(part.section)
     require_free_folder(output, overwrite)
     device_of(recipe)
-    if ONNX in recipe.export.formats:
-        from prunekit.export.onnx import require_packages
-
-        require_packages()
     view = ModelView.open(resolve(recipe.model.source, recipe.model.revision).folder)
     if output.exists() and output.resolve() == view.checkpoint.folder.resolve():
         raise ExportError(f"`{output}` is the model itself", hint="give another folder")
+    _require_formats(recipe, view, None)
     check_evaluation(view, recipe)
     check_healing(view, recipe)
     learning.check_learning(view, recipe)
@@ -156,6 +159,14 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     check([(subject, sections_of(recipe)), (subject, tasks_of(recipe))])
     if recipe.evaluate.kl is not None:
         kl_windows(subject, recipe.evaluate.kl)
+
+
+def _require_formats(recipe: Recipe, view: ModelView, plan: Plan | None) -> None:
+    from prunekit.export.targets import TARGETS
+
+    for name in recipe.export.formats:
+        if name in TARGETS:
+            TARGETS[name].require(view, plan)
 
 
 def _needs_tokenizer(recipe: Recipe) -> bool:
@@ -168,6 +179,7 @@ def _finish(
     recipe: Recipe, made: Made, output: Path, folder: Path, progress: Progress, talk: Talk, clock: _Clock
 ) -> Result:
     """Cuts into `folder`, then measures, exports, verifies and reports."""
+    from prunekit.export.targets import TARGETS, Options
     from prunekit.surgery import engine
 
     talk(f"writing a {made.layout.kind} checkpoint")
@@ -196,10 +208,14 @@ def _finish(
         clock.lap("measure again")
     else:
         reference = _masked_reference(made, dense, folder)
-    if ONNX in recipe.export.formats:
-        talk("exporting to ONNX")
-        after |= _exported(folder, progress)
-        clock.lap("onnx")
+    exports: dict[str, Any] = {}
+    for name in (name for name in recipe.export.formats if name in TARGETS):
+        talk(f"exporting to {name}")
+        options = Options(recipe.export.gguf_type, None, _cut_of(made, folder), recipe.export.max_shard_bytes)
+        exports[name] = TARGETS[name].write(folder, folder / name, options, progress).to_json()
+        clock.lap(name)
+    if ONNX in exports:
+        after |= {"onnx_bytes": exports[ONNX]["file_bytes"], "onnx_max_abs_diff": exports[ONNX]["max_abs_diff"]}
     if latency.get("on") == "onnxruntime":
         from prunekit.evaluate.onnx import OnnxModel
 
@@ -212,8 +228,19 @@ def _finish(
     verified = _verified(folder, reference, progress)
     clock.lap("verify")
     after["loads_stock"] = made.layout.kind != "heterogeneous"
-    judged = recipe.expect.judge(after)
-    result = Result(output, made, before, after, judged, verified, clock.seconds, cut, about, latency)
+    result = Result(
+        output,
+        made,
+        before,
+        after,
+        recipe.expect.judge(after),
+        verified,
+        clock.seconds,
+        cut=cut,
+        heal=about,
+        latency=latency,
+        exports=exports,
+    )
     _write_story(recipe, folder, result, progress)
     return result
 
@@ -258,11 +285,10 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     return make_reference(dense, load_tokenizer(folder), name)
 
 
-def _exported(folder: Path, progress: Progress) -> dict[str, Any]:
-    from prunekit.export.onnx import export_onnx
+def _cut_of(made: Made, folder: Path) -> Cut:
+    from prunekit.export.masked import Cut
 
-    report = export_onnx(folder, folder / ONNX, progress)
-    return {"onnx_bytes": report.file_bytes, "onnx_max_abs_diff": report.max_abs_diff}
+    return Cut(made.view, made.plan, made.layout, folder)
 
 
 def _verified(folder: Path, reference: Reference | None, progress: Progress) -> VerifyReport:

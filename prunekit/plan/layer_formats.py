@@ -13,6 +13,7 @@ from prunekit.core.errors import PlanError
 from prunekit.plan.cost import kept_widths
 from prunekit.plan.plan import Plan
 from prunekit.structure.shape import SKIPS
+from prunekit.structure.view import HIDDEN
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView, SubLayer
@@ -21,7 +22,7 @@ POSITIONS = "prunekit_keep"
 # All three implementations round an FFN's width up to a multiple of this.
 FFN_MULTIPLE = 256
 # Families whose blocks DeciLM's classes compute.
-_DECILM_FAMILIES = ("llama", "mistral")
+DECILM_FAMILIES = ("llama", "mistral")
 _NO_CUTS = ("no_op", "replace_with_linear")
 _WIDTH_KINDS = ("kv_groups", "query_heads", "neurons")
 
@@ -33,8 +34,10 @@ def block_configs(view: ModelView, plan: Plan) -> dict[str, Any]:
         PlanError: for a family that DeciLM's classes do not compute, heads that go, or an FFN that is no multiple of
             256.
     """
-    _require_decilm(view)
+    require_decilm(view)
     heads = next((f"`{a}`" for a in plan.keep if a.rpartition(".")[2] in ("kv_groups", "query_heads")), None)
+    if HIDDEN in plan.keep:
+        raise PlanError("it narrows the hidden width, and DeciLM's head size is that divided by the number of heads")
     if heads:
         raise PlanError(f"it narrows {heads}, and query heads are the same number in all `block_configs`")
     entries = []
@@ -76,17 +79,24 @@ def read_block_configs(view: ModelView, data: Mapping[str, Any]) -> Plan:
     return _plan(view, drop, counts, data)
 
 
-def _require_decilm(view: ModelView) -> None:
-    first = next(s for s in view.sublayers if s.kind == "attention")
-    heads = first.widths["kv"] * first.widths["rep"]
-    if view.model_type not in _DECILM_FAMILIES:
+def require_decilm(view: ModelView) -> None:
+    """Makes sure that DeciLM's classes compute the blocks of a model.
+
+    Raises:
+        PlanError: naming what they do not know.
+    """
+    widths = {s.widths["kv"] * s.widths["rep"] * s.widths["hd"] for s in view.sublayers if s.kind == "attention"}
+    if view.model_type not in DECILM_FAMILIES:
         raise PlanError(
-            f"`{view.model_type}` computes other blocks than DeciLM's classes ({', '.join(_DECILM_FAMILIES)})"
+            f"`{view.model_type}` computes other blocks than DeciLM's classes ({', '.join(DECILM_FAMILIES)})"
         )
     if view.config.get("sliding_window"):
         raise PlanError("DeciLM's classes know no sliding window")
-    if heads * first.widths["hd"] != view.hidden:
-        raise PlanError("DeciLM's heads are the hidden width divided by their number")
+    head = next(iter(view.config.get("architectures") or ()), "LlamaForCausalLM")
+    if not head.endswith("ForCausalLM"):
+        raise PlanError(f"DeciLM's classes end in a language model's head, `{head}` does not")
+    if widths != {view.hidden}:
+        raise PlanError("DeciLM's heads are as many in every block, and the hidden width divided by their number")
 
 
 def _ffn_mult(view: ModelView, width: int, number: int) -> float:

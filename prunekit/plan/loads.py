@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import PlanError
 from prunekit.modeling.families import auto_class
 from prunekit.plan.cost import kept_hidden, kept_widths
+from prunekit.plan.gguf_rules import GRAPHS, RUN_WITH, gguf_layout
+from prunekit.plan.layer_formats import DECILM_FAMILIES, block_configs, decilm_notes
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import HIDDEN
@@ -92,8 +94,8 @@ def runtimes() -> Mapping[str, Runtime]:
 def loads(view: ModelView, plan: Plan, layout: Layout) -> dict[str, str]:
     """Where a result loads: each text begins with `yes`, `no` or `not known`.
 
-    What is said of transformers and ONNX Runtime is what `prunekit verify` and the export check; the rest was read in
-    the runtimes' sources.
+    What is said of transformers and ONNX Runtime is what `prunekit verify` and the export check; what prunekit writes
+    for llama.cpp and onnxruntime-genai was run with them; the rest was read in the runtimes' sources.
     """
     return {place.title: str(place) for place in places(view, plan, layout).values()}
 
@@ -120,14 +122,40 @@ def places(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Place]:
     found["prunekit"] = Place("transformers and prunekit", True, own)
     found["remote_code"] = Place("remote code", True, remote)
     for name, runtime in runtimes().items():
-        if differs:
-            why = f"blocks differ, and it has no class for `prunekit_{view.model_type}`"
-            found[name] = Place(runtime.title, False, why, change)
-        else:
-            found[name] = _stock_place(view, plan, runtime)
+        place = _decilm_place(view, plan, runtime, change) if differs else _stock_place(view, plan, runtime)
+        found[name] = place if name != "llama_cpp" else _gguf_place(view, plan, place)
     found["onnxruntime"] = _onnx(view)
-    found["onnxruntime_genai"] = _genai(view)
+    found["onnxruntime_genai"] = _genai(view, plan, found["onnxruntime"])
     return found
+
+
+def _decilm_place(view: ModelView, plan: Plan, runtime: Runtime, change: str) -> Place:
+    """What a runtime makes of a heterogeneous result, which it may read as DeciLM."""
+    why = f"blocks differ, and it has no class for `prunekit_{view.model_type}`"
+    if view.model_type not in DECILM_FAMILIES:
+        return Place(runtime.title, False, why, change)
+    try:
+        block_configs(view, plan)
+    except PlanError as error:
+        return Place(runtime.title, False, f"{why}; nor as DeciLM: {error.what}", change)
+    note, _, source = decilm_notes(view, plan)[runtime.title].rpartition(" (")
+    if note.startswith("no"):
+        return Place(runtime.title, False, f"{why}; nor as DeciLM{note.removeprefix('no')}", change)
+    how = "through `prunekit export --format deci`" + note.removeprefix("yes")
+    return Place(runtime.title, True, how, source=source.removesuffix(")"))
+
+
+def _gguf_place(view: ModelView, plan: Plan, other: Place) -> Place:
+    """Whether prunekit can write a result for llama.cpp, otherwise what its own converter makes of it."""
+    try:
+        layout = gguf_layout(view, plan)
+    except PlanError as error:
+        if other.loads is False and view.model_type in GRAPHS and not other.source:
+            return replace(other, how=f"{other.how}; {error.why}")
+        return other
+    how = f"through `prunekit export --format gguf`, as its `{layout.graph.name}`"
+    how += _rows_note(view, plan, runtimes()["llama_cpp"].quantised_rows)
+    return Place(other.title, True, how, source=RUN_WITH)
 
 
 def _onnx(view: ModelView) -> Place:
@@ -138,12 +166,15 @@ def _onnx(view: ModelView) -> Place:
     return Place("ONNX Runtime", True, "through `prunekit export`")
 
 
-def _genai(view: ModelView) -> Place:
+def _genai(view: ModelView, plan: Plan, onnx: Place) -> Place:
     title = "onnxruntime-genai"
     if not view.arch.decoder:
         return Place(title, False, "it writes text, which this model does not")
-    how = "it finds KV inputs and their heads in the graph, but needs a genai_config.json that prunekit does not write"
-    return Place(title, None, how, source="onnxruntime-genai, snapshot 2026-08-22")
+    if all(s.kind != "attention" for s in _left(view, plan)):
+        return Place(title, False, "no attention is left, and it counts tokens by the KV cache")
+    if onnx.loads is not True:
+        return Place(title, onnx.loads, onnx.how)
+    return Place(title, True, "through `prunekit export --format genai`", source="run with onnxruntime-genai 0.18.0")
 
 
 def _stock_place(view: ModelView, plan: Plan, runtime: Runtime) -> Place:
@@ -166,9 +197,7 @@ def _stock_place(view: ModelView, plan: Plan, runtime: Runtime) -> Place:
             return Place(runtime.title, state, worst.why, worst.change, worst.source or runtime.source)
     sources = dict.fromkeys([runtime.source, *(rule.source for rule in hits.values())])
     how = "where the dense model does: class and tensor names are its own"
-    odd = _odd_width(view, plan, runtime.quantised_rows) if "neurons" in changed else 0
-    if odd:
-        how += f"; its k-quants store rows in multiples of {runtime.quantised_rows}, FFNs of {odd} in a larger type"
+    how += _rows_note(view, plan, runtime.quantised_rows)
     return Place(runtime.title, True, how, source=", ".join(sources))
 
 
@@ -195,14 +224,14 @@ def changed_kinds(view: ModelView, plan: Plan) -> frozenset[str]:
     return frozenset(found)
 
 
-def _odd_width(view: ModelView, plan: Plan, rows: int) -> int:
-    """FFN neurons of a block where a plan leaves no multiple, of a model that had one; 0 where there is none."""
+def _rows_note(view: ModelView, plan: Plan, rows: int) -> str:
+    """What quantisation makes of an FFN where a plan leaves no multiple, of a model that had one; "" for none."""
     for sublayer in _left(view, plan):
         if sublayer.kind == "ffn" and sublayer.widths["ffn"] % rows == 0:
             kept = kept_widths(sublayer, plan)["ffn"]
             if kept % rows:
-                return kept
-    return 0
+                return f"; its k-quants store rows in multiples of {rows}, FFNs of {kept} in a larger type"
+    return ""
 
 
 def _left(view: ModelView, plan: Plan) -> list[SubLayer]:

@@ -36,6 +36,12 @@ _TASKS = {
     "AutoModel": "feature-extraction",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FORMATS = {
+    "gguf": "a file for llama.cpp",
+    "genai": "a folder for onnxruntime-genai",
+    "deci": "DeciLM `block_configs`, for vLLM with `--trust-remote-code`",
+    "masked": "original shapes with zeros; saves nothing, for A/B checks only",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class CardFacts:
         versions: package versions.
         layer_map: file name of the map, "" for none.
         onnx: sub-folder of the ONNX files, "" for none.
+        formats: sub-folders of further formats.
         missed: limits of the recipe that the model does not keep, as sentences.
         report: file name of the HTML report, "" for none.
         results: measurements for the card's `model-index`.
@@ -94,6 +101,7 @@ class CardFacts:
     samples: Mapping[str, str] = field(default_factory=dict)
     layer_map: str = ""
     onnx: str = ""
+    formats: Sequence[str] = ()
     missed: Sequence[str] = ()
     report: str = ""
     results: Sequence[Score] = ()
@@ -126,6 +134,7 @@ def card_facts(run: Run, auto_class: str, layer_map: str = "", report: str = "")
         versions=run.versions,
         layer_map=layer_map,
         onnx="onnx" if run.onnx else "",
+        formats=tuple(name for name in run.exports if name != "onnx"),
         report=report,
         results=_results(run),
         missed=missed,
@@ -272,6 +281,7 @@ def _loading(facts: CardFacts) -> list[str]:
         parts = [_fence("python", plain)]
     if facts.onnx:
         parts.append(f"ONNX files are in `{facts.onnx}/`.")
+    parts += [f"`{name}/`: {_FORMATS[name]}." for name in facts.formats if name in _FORMATS]
     if facts.loads:
         parts.append(
             "\n".join(["| loads in | how |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.loads.items())])

@@ -143,6 +143,7 @@ class Run(_Part):
     before: dict[str, Any]
     after: dict[str, Any]
     cut: dict[str, Any] = {}
+    exports: dict[str, dict[str, Any]] = {}
     expectations: tuple[Expectation, ...] = ()
     verified: Verified | None = None
     seconds: dict[str, Number] = {}

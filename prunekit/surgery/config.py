@@ -37,7 +37,7 @@ def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
         raise SurgeryError(
             f"the configuration of `{view.model_type}` cannot follow its blocks", why=why, at="config.json"
         )
-    config = _stock_base(view)
+    config = stock_base(view)
     changed, outside = follow(view, sources)
     changed |= {view.arch.keys["blocks"]: len(sources)}
     changed |= _hidden(view, plan)
@@ -47,7 +47,7 @@ def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     gone = {key for key, value in changed.items() if value is None}
     before = config[view.section] if view.section else config
     text = {key: value for key, value in (before | changed).items() if key not in gone}
-    _set_older_rope_keys(text)
+    set_older_rope_keys(text)
     return config | {view.section: text} if view.section else text
 
 
@@ -58,7 +58,7 @@ def _sources(layout: Layout) -> list[tuple[int, int]]:
     return whole
 
 
-def _stock_base(view: ModelView) -> dict[str, Any]:
+def stock_base(view: ModelView) -> dict[str, Any]:
     """The source's configuration without what only a heterogeneous folder has."""
     config = dict(view.config)
     if not view.heterogeneous:
@@ -145,7 +145,7 @@ def _ffn(view: ModelView, sublayers: Iterable[SubLayer | None], plan: Plan) -> d
     return changed
 
 
-def _set_older_rope_keys(config: dict[str, Any]) -> None:
+def set_older_rope_keys(config: dict[str, Any]) -> None:
     """Says the rotary embedding the way transformers 4 reads it too; it ignores `rope_parameters` without a word."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):

@@ -49,6 +49,25 @@ def take(tensor: Tensor, layout: Layout, sizes: Mapping[str, int], keep: Keep) -
     return tensor
 
 
+def spread(tensor: Tensor, shape: tuple[int, ...], layout: Layout, sizes: Mapping[str, int], keep: Keep) -> Tensor:
+    """Puts what `take` left back to its positions, zeros between; arguments as there.
+
+    Args:
+        shape: of the tensor before.
+    Raises:
+        SurgeryError: for an axis that cannot be cut, or a tensor that is not what `take` leaves.
+    """
+    expected = cut_shape(shape, layout, sizes, keep)
+    if tuple(tensor.shape) != expected:
+        raise SurgeryError(f"a tensor has the shape {list(tensor.shape)}", why=f"{list(expected)} is what the cut left")
+    for place, dim in enumerate(layout):
+        if any(axis in keep for axis in dim):
+            positions = _kept(shape[place], dim, sizes, keep)
+            zeros = tensor.new_zeros((*tensor.shape[:place], shape[place], *tensor.shape[place + 1 :]))
+            tensor = zeros.index_copy(place, positions, tensor)
+    return tensor
+
+
 def cut_shape(shape: tuple[int, ...], layout: Layout, sizes: Mapping[str, int], keep: Keep) -> tuple[int, ...]:
     """Shape of what `take` leaves; arguments as there."""
     _require_cuttable(keep)

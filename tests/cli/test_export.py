@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from prunekit.cli.export import export
-from prunekit.core.errors import PrunekitError
+from prunekit.core.errors import PrunekitError, UsageError
+from tests.tiny import write_tiny
 
 
 @pytest.fixture
@@ -47,4 +48,30 @@ def test_failed_export_leaves_nothing(invoke, monkeypatch, tmp_path) -> None:
 
 
 def test_unknown_format_is_a_usage_error(invoke, exporter, tmp_path) -> None:
-    assert invoke(export, tmp_path, "--format", "gguf").exit_code == 2
+    assert invoke(export, tmp_path, "--format", "pickle").exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [("--type", "f16"), ("--format", "gguf", "--source", "x")])
+def test_option_of_another_format_is_a_usage_error(invoke, exporter, tmp_path, arguments) -> None:
+    error = invoke(export, tmp_path, *arguments).exception
+    assert isinstance(error, UsageError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "words"),
+    [
+        ("bert", "gguf", "is not written as GGUF"),
+        ("qwen3", "deci", "`qwen3` cannot be DeciLM"),
+        ("bert", "genai", "no decoder"),
+        ("llama", "masked", "has no prunekit.json"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused(invoke, tmp_path, family, format, words) -> None:
+    folder = write_tiny(family, tmp_path / "m")
+    before = sorted(folder.iterdir())
+    error = invoke(export, folder, "--format", format).exception
+    assert isinstance(error, PrunekitError)
+    assert words in str(error)
+    assert error.why or error.hint
+    assert sorted(folder.iterdir()) == before

@@ -55,15 +55,20 @@ def planned(folder: Path, seed: int) -> tuple[tuple[str, ...], Made | None]:
 
 def require_loadable(family: str, names: tuple[str, ...], made: Made, target: Path) -> None:
     """Depth, turns and widths of the written folder, from its configuration and tensor names alone."""
+    if made.layout.kind == "heterogeneous":
+        # As DeciLM, which vLLM does not load without attention in block 0; llama.cpp's `deci` takes the rest.
+        assert family in ("llama", "qwen2")
+        assert names == ("llama_cpp",) or all(len(kept) % 256 == 0 for kept in made.plan.keep.values())
+        assert "vllm" not in names or "blocks.0.attention" not in made.plan.drop
+        return
     target.mkdir()
     engine.apply(made.view, made.plan, target, layout=made.layout)
     config = json.loads((target / "config.json").read_text())
     assert config["model_type"] == family
     assert "auto_map" not in config
     if family == "gpt2":
-        # One head count for all, tied to the hidden width; llama.cpp's converter knows no `n_inner`.
+        # One head count for all, tied to the hidden width.
         assert config["n_embd"] // config["n_head"] == 8
-        assert "llama_cpp" not in names or config["n_inner"] == 4 * config["n_embd"]
         return
     heads, width = config["num_attention_heads"], config.get("head_dim") or config["hidden_size"] // 4
     if family == "qwen2" and "vllm" in names:
@@ -96,16 +101,9 @@ STEP = {"remove": "sublayers", "by": {"score": "random"}, "budget": {"units": 2}
 @pytest.mark.parametrize(
     ("changes", "required", "at", "words"),
     [
-        ({"remove": "attention", "budget": {"units": 1}}, "vllm", "steps.0", ("after step 1, remove attention", "too")),
-        (
-            {"remove": "neurons", "budget": {"remove": 0.5, "within": "model"}},
-            "llama_cpp",
-            "steps.0",
-            ("within: group",),
-        ),
+        ({"remove": "kv_groups", "budget": {"units": 1, "within": "model"}}, "vllm", "steps.0", ("after step 1",)),
         ({"remove": "neurons", "budget": {"remove": 0.8}}, "llama_cpp", "steps.0", ("multiples of 256",)),
         ({"by": {"search": "finercut", "candidates": "ffn"}}, "vllm", "", ("candidates: ffn", "pairs")),
-        ({}, "onnxruntime_genai", "require", ("not known", "genai_config.json")),
     ],
 )
 def test_refused_before_a_method_runs(

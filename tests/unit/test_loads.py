@@ -70,8 +70,9 @@ def test_post_norm_models_are_told_to_remove_the_rest_of_the_block(views: dict[s
 
 
 def test_unequal_widths_are_told_to_be_equal(views: dict[str, ModelView]) -> None:
-    place = where(views["llama"], keep={"blocks.1.ffn.neurons": range(32)})["llama_cpp"]
+    place = where(views["qwen3"], keep={"blocks.1.ffn.neurons": range(32)})["llama_cpp"]
     assert (place.loads, "within: group" in place.change) == (False, True)
+    assert "all blocks have the same widths" in place.how
 
 
 def test_heads_tied_to_the_hidden_width_are_told_to_stay(views: dict[str, ModelView]) -> None:
@@ -80,7 +81,7 @@ def test_heads_tied_to_the_hidden_width_are_told_to_stay(views: dict[str, ModelV
 
 @pytest.mark.parametrize(
     ("family", "states"),
-    [("llama", (True, True, True)), ("qwen3", (True, True, True)), ("qwen2", (False, True, True))],
+    [("llama", (True, True, True)), ("qwen3", (True, True, True)), ("qwen2", (False, True, False))],
 )
 def test_fewer_heads_need_a_class_that_reads_their_width(
     views: dict[str, ModelView], family: str, states: tuple[bool, ...]
@@ -95,15 +96,27 @@ def test_unread_classes_are_not_known_and_refused_ones_no(views: dict[str, Model
     assert [found[name].loads for name in OTHERS] == [None, None, False]
     assert found["transformers"].loads
     assert found["onnxruntime_genai"].loads is False
+    assert where(views["gpt2"])["onnxruntime_genai"].loads is True
 
 
-def test_gpt2_converter_takes_no_other_ffn_width(tmp_path: Path) -> None:
-    view = ModelView.open(write_tiny("gpt2", tmp_path / "m", n_inner=128, n_ctx=128))
+def test_what_prunekit_writes_for_llama_cpp_needs_no_converter(tmp_path: Path) -> None:
+    """llama.cpp's own takes no `n_inner`, and no sub-layers that are missing."""
+    view = ModelView.open(write_tiny("gpt2", tmp_path / "m", n_inner=128))
     narrow = {f"blocks.{i}.ffn.neurons": range(64) for i in range(BLOCKS)}
-    found = where(view, keep=narrow)
-    assert [found[name].loads for name in OTHERS] == [True, True, False]
-    assert "n_inner" in found["llama_cpp"].how
-    assert where(view, ["blocks.1.attention", "blocks.1.ffn"])["llama_cpp"].loads is ("n_ctx" in view.config)
+    assert "export --format gguf`, as its `gpt2`" in where(view, keep=narrow)["llama_cpp"].how
+    assert where(view, ["blocks.1.ffn"])["llama_cpp"].loads is False
+
+
+@pytest.mark.parametrize(
+    ("drop", "states"),
+    [(("blocks.1.attention",), (True, True, True)), (("blocks.0.attention",), (False, True, True))],
+)
+def test_blocks_that_differ_load_as_decilm(tmp_path: Path, drop: tuple[str, ...], states: tuple[bool, ...]) -> None:
+    view = ModelView.open(write_tiny("llama", tmp_path / "m", intermediate_size=256, attention_bias=False))
+    found = where(view, drop)
+    assert tuple(found[name].loads for name in OTHERS) == states
+    assert "--format deci" in found["tensorrt_llm"].how
+    assert "as its `deci`" in found["llama_cpp"].how
 
 
 def test_width_that_quantises_badly_is_said(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ ONE = {
     "runtime": (GOOD + "runtime: {}\n", 7, "runtime", "`runtime` is not built yet", "known here"),
     "rewire": (GOOD + "  - rewire: kv_heads\n    to: {groups: 1}\n", 7, "steps.1.rewire", "not built yet", "remove"),
     "vocab": (step("vocab"), 4, "steps.0.remove", "`remove: vocab` is not built yet", "kv_groups"),
-    "gguf": (GOOD + "export: {formats: [safetensors, gguf]}\n", 7, "export.formats.1", "not built yet", "onnx"),
+    "unwritten layout": (GOOD + "export: {layout: masked}\n", 7, "export.layout", "not built yet", "stock"),
     "unknown format": (GOOD + "export: {formats: [safetensors, onxn]}\n", 7, "export.formats.1", "onxn", "`onnx`"),
     "double key": (GOOD + "model: {source: x}\n", 7, "model", "`model` appears twice", "line 2"),
 }  # fmt: skip
