@@ -118,7 +118,8 @@ def select_blocks(
         mass: share of a row's score that the kept blocks reach, largest first; 0 with `keep` 0 keeps all blocks whose
             score is above zero.
         sink: first blocks that are always kept.
-        window: blocks up to the query's own that are always kept (on both sides when not causal), at least 1.
+        window: blocks up to the query's own that are always kept, on both sides when not causal; a row may keep nothing
+            if this is 0.
         ascending: list blocks by number, instead of masked ones first and near ones first.
     Returns:
         int32 [..., R] listed blocks, [..., R] how many of them want a mask inside, [..., R, W] block numbers, zero

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
@@ -97,16 +98,18 @@ def _scored_lists(pattern: Scored, module: nn.Module, query: Tensor, key: Tensor
         return PageLists.whole(count, n_keys, WHOLE_PAGE)
     if mask is not None:
         # Padding must not shape a page's summary: it takes the values of the newest token, whose page is read anyway.
-        newest = (spans_of(mask)[1] - 1).long()[:, None, None, None].expand(-1, kv_heads, 1, key.shape[-1])
-        key = torch.where(mask[:, None, :, None], key, key.gather(2, newest.expand(batch, -1, -1, -1)))
+        newest = (spans_of(mask)[1] - 1).long().view(-1, 1, 1).expand(batch, kv_heads, 1)
+        key = torch.where(
+            mask[:, None, :, None], key, key.gather(2, newest[..., None].expand(-1, -1, -1, key.shape[-1]))
+        )
         scores = pattern.page_scores(query, pattern.summaries(key))
-        used = torch.nn.functional.pad(mask, (0, n_pages * size - n_keys)).unflatten(1, (n_pages, size)).any(2)
-        scores = scores.masked_fill(~used[:, None], float("-inf"))
+        used = pad(mask, (0, n_pages * size - n_keys)).unflatten(1, (n_pages, size)).any(2)
+        scores = scores.masked_fill(~used[:, None], float("-inf")).scatter(2, newest // size, float("inf"))
     else:
         scores = pattern.page_scores(query, _kept_summaries(pattern, module, key))
     _, _, table = select_blocks(
         scores.flatten(0, 1).unsqueeze(1), 1, n_keys, block_q=1, block_k=size, q_offset=n_keys - 1, keep=keep, sink=0,
-        ascending=True,
+        window=1 if mask is None else 0, ascending=True,
     )  # fmt: skip
     pages = table[:, 0, :keep].unflatten(0, (batch, kv_heads))
     if mask is not None:
