@@ -7,7 +7,8 @@ that lie close on the grid into the same block, so that a window touches few blo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from prunekit.core.errors import UsageError
 
+TILE_BITS = 7
 # Of axis and coordinates: first key and one past the last.
 Span = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
@@ -128,6 +130,20 @@ def per_axis(option: str, value: object, axes: int, least: int) -> tuple[int, ..
     return tuple(items)
 
 
-def default_tile(axes: int) -> tuple[int, ...]:
-    """128 tokens, as square as powers of two allow."""
-    return {1: (128,), 2: (8, 16), 3: (4, 4, 8)}[axes]
+def best_tile(sizes: Sequence[int], reach: Sequence[int]) -> tuple[int, ...]:
+    """The tile of 128 tokens whose queries reach into the fewest tiles, of those with powers of two along each axis.
+
+    Args:
+        sizes: tokens along each axis.
+        reach: how far a query reads to either side along each axis.
+
+    best_tile((128, 128), (16, 16)) = (8, 16): 5 by 3 tiles. best_tile((128, 128), (3, 3)) = (1, 128): 7 by 1.
+    """
+
+    def touched(tile: tuple[int, ...]) -> int:
+        axes = zip(sizes, reach, tile, strict=True)
+        return prod(min(-(-size // t), 1 + 2 * -(-far // t)) for size, far, t in axes)
+
+    splits = itertools.product(range(TILE_BITS + 1), repeat=len(sizes))
+    tiles = [tuple(1 << bits for bits in split) for split in splits if sum(split) == TILE_BITS]
+    return min(tiles, key=lambda tile: (touched(tile), max(tile), tile))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunekit.core.errors import UsageError
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._grid import Grid, default_tile, per_axis
+from prunekit.runtime.attention.patterns._grid import Grid, best_tile, per_axis
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Halo:
         block: tokens of a block along each axis, 1 or more; one number for all axes, or one for each, as `halo`.
         halo: tokens around it, 0 or more.
         prefix_tokens: tokens before the grid, such as a class token, that read and are read by all.
-        tile: tokens along each axis that share a kernel's block; None for 128, 8 x 16, or 4 x 4 x 8.
+        tile: tokens along each axis that share a kernel's block; None for those 128 that touch fewest blocks.
     """
 
     grid: tuple[int, ...] = (16, 16)
@@ -48,8 +48,9 @@ class Halo:
             raise UsageError(f"`grid: {self.grid}` is no grid", why="it names the tokens along one to three axes")
         for option, least in (("grid", 1), ("block", 1), ("halo", 0)):
             object.__setattr__(self, option, per_axis(option, getattr(self, option), axes, least))
-        tile = default_tile(axes) if self.tile is None else per_axis("tile", self.tile, axes, 1)
-        object.__setattr__(self, "tile", tile)
+        reach = [b // 2 + h for b, h in zip(self.block, self.halo, strict=True)]  # type: ignore[arg-type]
+        tile = best_tile(self.grid, reach) if self.tile is None else self.tile
+        object.__setattr__(self, "tile", per_axis("tile", tile, axes, 1))
 
     @functools.cached_property
     def _grid(self) -> Grid:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunekit.core.errors import UsageError
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._grid import Grid, default_tile, per_axis
+from prunekit.runtime.attention.patterns._grid import Grid, best_tile, per_axis
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Neighborhood:
         stride: neighbours that share a window, at most `window`.
         causal_axes: 1 for an axis along which later keys are hidden, else 0.
         prefix_tokens: tokens before the grid, such as a class token, that read and are read by all.
-        tile: tokens along each axis that share a block; None for 128, 8 x 16, or 4 x 4 x 8.
+        tile: tokens along each axis that share a block; None for those 128 whose windows touch fewest blocks.
     """
 
     grid: tuple[int, ...] = (16, 16)
@@ -54,8 +54,9 @@ class Neighborhood:
             raise UsageError(f"`grid: {self.grid}` is no grid", why="it names the tokens along one to three axes")
         for option, least in (("grid", 1), ("window", 1), ("dilation", 1), ("stride", 1), ("causal_axes", 0)):
             object.__setattr__(self, option, per_axis(option, getattr(self, option), axes, least))
-        tile = default_tile(axes) if self.tile is None else per_axis("tile", self.tile, axes, 1)
-        object.__setattr__(self, "tile", tile)
+        sizes = [-(-size // d) for size, d in zip(self.grid, self._axes[2], strict=True)]
+        tile = best_tile(sizes, [w // 2 for w in self._axes[1]]) if self.tile is None else self.tile
+        object.__setattr__(self, "tile", per_axis("tile", tile, axes, 1))
         for size, window, dilation, stride, causal in zip(*self._axes, strict=True):
             if window * dilation > size or stride > window or causal > 1:
                 raise UsageError(
