@@ -3,8 +3,8 @@
     python benchmarks/attention_quality.py --out rows.jsonl [--length 2048] [--windows 2] [--keys 3]
 
 SmolLM2-135M-Instruct in float32. Perplexity reads windows of wikitext2_eval as prompts; a pass key is read in a
-prompt of the same length and written in steps over the cache. Rows are appended as they come, and a pattern whose row is
-there already is left out, so a run that was stopped goes on.
+prompt of the same length and written in steps over the cache. Rows are appended as they come, and a pattern whose row
+is there already is left out, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--keys", type=int, default=3, help="pass keys; 0 leaves them out")
+    parser.add_argument("--only", nargs="+", default=[], help="names of patterns; all if none is given")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="sparse attention runs in plain torch")
@@ -70,6 +71,8 @@ def main() -> None:
         "device": options.device,
     }  # fmt: skip
     for section in patterns(options.length):
+        if options.only and section["pattern"] not in options.only:
+            continue
         chosen = policy(section).pattern
         full = policy(chosen).section()
         if any(row["options"] == full and all(row[k] == v for k, v in about.items()) for row in done):

@@ -136,7 +136,7 @@ class _Kept:
         at = slice(self.n_keys - self.newest.shape[2], self.n_keys)
         return (
             pattern == self.pattern
-            and key.shape[2] > self.n_keys
+            and key.shape[2] >= self.n_keys
             and key.shape[:2] == self.newest.shape[:2]
             and key.dtype == self.newest.dtype
             and key.device == self.newest.device

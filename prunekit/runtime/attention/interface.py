@@ -127,7 +127,7 @@ def attention(
         from_first = attention_mask is None or attention_mask.dim() == 2
         out = step(pattern, module, query, key, value, rows, scaling, from_first=from_first)
     elif attention_mask is None or (attention_mask.dim() == 2 and n_queries == n_keys):
-        out = _prompt(pattern, query, key, value, attention_mask, scaling)
+        out = prompt(pattern, query, key, value, attention_mask, scaling)
     else:
         out = _masked(pattern, query, key, value, attention_mask, causal, scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -145,7 +145,7 @@ def _step_mask(given: Tensor | None, n_queries: int, n_keys: int, causal: bool) 
     return given[:, 0, 0, :n_keys]
 
 
-def _prompt(
+def prompt(
     pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scaling: float | None
 ) -> Tensor:
     """Block-sparse prefill of [B, H, Q, D], scored patterns one sequence at a time."""
