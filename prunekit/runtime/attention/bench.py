@@ -168,11 +168,12 @@ def _checks(n: int, device: str, dtype: torch.dtype) -> Iterator[Check]:
 
 def _gradient_checks(n: int, device: str, dtype: torch.dtype) -> Iterator[Check]:
     lists = block_lists(Power(128, 1), n, n, device=device)
-    leaves = [t.requires_grad_() for t in _draw(n, n, 1, 4, 2, 64, device, dtype)]
-    grad = torch.randn(leaves[0].shape, generator=torch.Generator(device).manual_seed(1), device=device, dtype=dtype)
-    got = torch.autograd.grad(block_sparse_prefill(*leaves, lists)[0], leaves, grad)  # type: ignore[misc]
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    expected = torch.autograd.grad(_attended(*wide, lists.dense()), wide, grad.double())  # type: ignore[misc]
+    q, k, v = (t.requires_grad_() for t in _draw(n, n, 1, 4, 2, 64, device, dtype))
+    grad = torch.randn(q.shape, generator=torch.Generator(device).manual_seed(1), device=device, dtype=dtype)
+    got = torch.autograd.grad(block_sparse_prefill(q, k, v, lists)[0], (q, k, v), grad)
+    wide_q, wide_k, wide_v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    out = _attended(wide_q, wide_k, wide_v, lists.dense())
+    expected = torch.autograd.grad(out, (wide_q, wide_k, wide_v), grad.double())
     for name, a, b in zip(("queries", "keys", "values"), got, expected, strict=True):
         yield Check(f"gradient of {name}", f"B1 S{n}", cases.relative_error(a, b), GRADIENT[dtype])
 
@@ -198,7 +199,7 @@ def _cases(
     for pattern in PROMPTS:
         chosen = pattern.prompt_lists(q, k, DIM**-0.5) if is_scored(pattern) else block_lists(pattern, n, n)
         touched = 0 if chosen is None else chosen.touched / chosen.counts.shape[0] * chosen.block_q * chosen.block_k
-        yield name_of(pattern), shape, pair * touched, 0.0, lambda p=pattern: prompt(p, q, k, v, None, None)
+        yield name_of(pattern), shape, pair * touched, 0.0, functools.partial(prompt, pattern, q, k, v, None, None)
     for name, backend in DENSE.items():
         yield name, shape, pair * n * (n + 1) / 2, 0.0, _dense(backend, q, k, v, True)
     side = round(n**0.5)
@@ -231,20 +232,20 @@ def _row(pattern: Pattern, n: int) -> int:
 
 
 def _gradient_cases(n: int, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     shape = f"gradients B1 S{n}"
     lists = block_lists(Power(128, 8), n, n, device=q.device)
     flops = 10.0 * DIM * q.shape[1] * lists.touched * lists.block_q * lists.block_k
 
     def run(forward: Callable[[], Tensor]) -> Callable[[], object]:
         def call() -> object:
-            return torch.autograd.grad(forward().sum(), leaves)
+            return torch.autograd.grad(forward().sum(), (q, k, v))
 
         return call
 
-    yield "power", shape, 1.4 * flops, 0.0, run(lambda: block_sparse_prefill(*leaves, lists)[0])  # type: ignore[misc]
+    yield "power", shape, 1.4 * flops, 0.0, run(lambda: block_sparse_prefill(q, k, v, lists)[0])
     for name, backend in DENSE.items():
-        yield name, shape, 7.0 * DIM * q.shape[1] * n * (n + 1), 0.0, run(_dense(backend, *leaves, True))  # type: ignore[misc]
+        yield name, shape, 7.0 * DIM * q.shape[1] * n * (n + 1), 0.0, run(_dense(backend, q, k, v, True))
 
 
 def _times(run: Callable[[], object], cuda: bool, seconds: float = 0.3) -> list[float]:

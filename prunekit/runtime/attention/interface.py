@@ -160,8 +160,8 @@ def prompt(
         if padding is not None:
             raise RuntimePolicyError("a pattern on a grid does not go with padding", hint="run without padding")
         order = order.to(query.device)
-        mine = (t.index_select(2, order) for t in (query, key, value))
-        return torch.empty_like(query).index_copy_(2, order, block_sparse_prefill(*mine, lists, scale=scaling)[0])
+        q, k, v = (t.index_select(2, order) for t in (query, key, value))
+        return torch.empty_like(query).index_copy_(2, order, block_sparse_prefill(q, k, v, lists, scale=scaling)[0])
     out = torch.zeros_like(query)
     pieces = [(0, n_queries)] * len(out) if spans is None else list(zip(*(s.tolist() for s in spans), strict=True))
     for b, (start, end) in enumerate(pieces):

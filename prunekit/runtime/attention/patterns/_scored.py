@@ -8,10 +8,11 @@ Shapes: H query heads, G key-value heads, S queries, T keys, D head size, B batc
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, TypeGuard
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from prunekit_kernels.block_sparse_prefill import BlockLists
 
@@ -48,7 +49,7 @@ class Scored(Protocol):
         ...
 
 
-def is_scored(pattern: object) -> TypeGuard[Scored]:
+def is_scored(pattern: object) -> TypeIs[Scored]:
     """Whether a pattern chooses by score instead of by position."""
     return hasattr(pattern, "prompt_lists")
 
