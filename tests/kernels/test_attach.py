@@ -112,6 +112,14 @@ def test_chosen_layers_are_sparse_and_the_others_dense(model, ids):
     assert (got - sparse).abs().max() > 1e-3
 
 
+def test_dense_layers_go_on_over_a_cache(model, ids):
+    expected = model(ids).logits
+    with attach(model, Power(8, 2), layers=[]):
+        first = model(ids[:, :40], use_cache=True)
+        rest = model(ids[:, 40:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), expected)
+
+
 def test_everything_is_put_back(model, ids):
     before, implementation = model.config.to_dict(), model.config._attn_implementation
     expected = model(ids).logits
@@ -200,6 +208,16 @@ def test_a_grid_pattern_goes_through_its_own_order_and_back():
     model.set_attn_implementation("masked_for_test")
     torch.testing.assert_close(got, model(image).last_hidden_state)
     model.set_attn_implementation("sdpa")
+    row = Neighborhood((70,), 9, causal_axes=1)
+    decoder = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).eval().requires_grad_(False)
+    ids = torch.randint(1, 100, (1, 70))
+    expected = masked(decoder, ids, row)
+    with attach(decoder, row):
+        torch.testing.assert_close(decoder(ids).logits, expected)
+        with pytest.raises(UsageError, match="does not fit a sequence of 71"):
+            decoder.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        with pytest.raises(RuntimePolicyError, match="does not go with padding"):
+            decoder(ids, attention_mask=torch.arange(70)[None] > 3)
     with attach(model, Neighborhood((8, 8), 3)), pytest.raises(UsageError, match="does not fit a sequence of 82"):
         model(image)
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit.core.errors import RuntimePolicyError
+from prunekit.runtime.attention.decode import forget
 from prunekit.runtime.attention.interface import NAME, register
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
@@ -48,6 +49,7 @@ class Attachment:
             else:
                 config.prunekit = section
         self._before = []
+        forget(self._model)
 
     def __enter__(self) -> PreTrainedModel:
         return self._model

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from prunekit.runtime.attention.patterns._engine import Pattern
+from prunekit.runtime.attention.patterns._engine import Pattern, order_of
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit_kernels.block_scores import select_blocks
 from prunekit_kernels.sparse_decode import PageLists, sparse_decode
@@ -53,6 +53,17 @@ def step(
     return sparse_decode(query, key, value, lists, scale=scaling)[0]
 
 
+def cannot_ask(tensor: Tensor) -> bool:
+    """Whether the values of a tensor cannot be looked at now, because the step is being compiled or captured."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def forget(model: nn.Module) -> None:
+    """Drops the page summaries that are kept for the layers of a model."""
+    for module in model.modules():
+        _KEPT.pop(module, None)
+
+
 def spans_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     """First slot of each row that is true and one past its last, int32 [B]."""
     marks = mask.to(torch.int32)
@@ -73,7 +84,9 @@ def _static_lists(pattern: Pattern, n_keys: int, batch: int, kv_heads: int, devi
     """The same list for all sequences and heads; all layers of a step share it."""
     newest = torch.tensor(n_keys - 1)
     found = [torch.zeros(0, dtype=torch.int64)]
-    for start, end in pattern.key_ranges(n_keys - 1, n_keys - 1, n_keys):
+    # Ranges of a pattern with an order of its own are ranges of slots.
+    ordered = order_of(pattern, n_keys) is not None
+    for start, end in ((0, n_keys),) if ordered else pattern.key_ranges(n_keys - 1, n_keys - 1, n_keys):
         k = torch.arange(max(start, 0), min(end, n_keys))
         found.append(k[pattern.allows(newest, k)])
     tokens = torch.cat(found).unique()
@@ -154,7 +167,7 @@ def _kept_summaries(pattern: Scored, module: nn.Module, key: Tensor) -> tuple[Te
     A cache whose newest page changed since, by another prompt or reordered beams, is read anew. So it is in a compiled
     or captured step, which cannot ask.
     """
-    if torch.compiler.is_compiling() or (key.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if cannot_ask(key):
         return pattern.summaries(key)
     size = pattern.pages[0]
     n_keys = key.shape[2]

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from prunekit.core.errors import RuntimePolicyError
-from prunekit.runtime.attention.decode import spans_of, step
+from prunekit.runtime.attention.decode import cannot_ask, spans_of, step
 from prunekit.runtime.attention.patterns._engine import Pattern, block_lists, order_of
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit.runtime.attention.patterns.dense import Dense
@@ -57,7 +57,7 @@ def attention_mask(
     """
     padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     plain = mask_function in (causal_mask_function, bidirectional_mask_function) and kv_offset == 0
-    if plain and isinstance(q_offset, Tensor) and torch.compiler.is_compiling():
+    if plain and isinstance(q_offset, Tensor) and cannot_ask(q_offset):
         if q_length == 1 and mask_function is causal_mask_function:
             rows = (torch.arange(kv_length, device=q_offset.device) <= q_offset).expand(batch_size, -1)
             return rows if padding is None else rows & pad(padding, (0, kv_length - padding.shape[1]))
@@ -114,7 +114,9 @@ def attention(
         key, value = key[:, :, :filled], value[:, :, :filled]
         attention_mask = None if attention_mask.dtype == torch.uint8 else attention_mask
     if not policy.covers(getattr(module, "layer_idx", None)):
-        if attention_mask is not None and attention_mask.dim() == 2:
+        # Torch's own causal mask starts at the first key, not where a prompt goes on over a cache.
+        goes_on = attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]
+        if goes_on or (attention_mask is not None and attention_mask.dim() == 2):
             attention_mask = _dense(None, attention_mask, query.shape[2], key.shape[2], causal, query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -122,6 +124,8 @@ def attention(
     pattern = policy.pattern
     _check(pattern, causal, dropout)
     n_queries, n_keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
+        raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
     rows = _step_mask(attention_mask, n_queries, n_keys, causal)
     if n_queries == 1 < n_keys and causal and rows is not False:
         from_first = attention_mask is None or attention_mask.dim() == 2
@@ -157,8 +161,6 @@ def prompt(
         if order is None:
             starts, ends = spans or (None, None)
             return block_sparse_prefill(query, key, value, lists, scale=scaling, starts=starts, ends=ends)[0]
-        if padding is not None:
-            raise RuntimePolicyError("a pattern on a grid does not go with padding", hint="run without padding")
         order = order.to(query.device)
         q, k, v = (t.index_select(2, order) for t in (query, key, value))
         return torch.empty_like(query).index_copy_(2, order, block_sparse_prefill(q, k, v, lists, scale=scaling)[0])
