@@ -204,9 +204,9 @@ def _cases(
         yield name, shape, pair * n * (n + 1) / 2, 0.0, _dense(backend, q, k, v, True)
     side = round(n**0.5)
     if side * side == n:
-        near = Neighborhood((side, side), max(1, side // 4))
-        pairs = n * near._axes[1][0] ** 2
-        yield "neighborhood", f"image B1 S{n}", pair * pairs, 0.0, lambda: prompt(near, q, k, v, None, None)
+        window = max(1, side // 4)
+        near = functools.partial(prompt, Neighborhood((side, side), window), q, k, v, None, None)
+        yield "neighborhood", f"image B1 S{n}", pair * n * window**2, 0.0, near
         for name, backend in DENSE.items():
             yield name, f"image B1 S{n}", pair * n * n, 0.0, _dense(backend, q, k, v, False)
     yield from _gradient_cases(n, q, k, v)
