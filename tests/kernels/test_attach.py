@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
@@ -12,12 +13,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ViTConfig,
+    ViTModel,
 )
 
-from prunekit.core.errors import RuntimePolicyError
+from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime import attach, register
 from prunekit.runtime.attention.patterns._engine import dense_mask
 from prunekit.runtime.attention.patterns.dense import Dense
+from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.sink_window import SinkWindow
 
@@ -108,6 +112,14 @@ def test_chosen_layers_are_sparse_and_the_others_dense(model, ids):
     assert (got - sparse).abs().max() > 1e-3
 
 
+def test_dense_layers_go_on_over_a_cache(model, ids):
+    expected = model(ids).logits
+    with attach(model, Power(8, 2), layers=[]):
+        first = model(ids[:, :40], use_cache=True)
+        rest = model(ids[:, 40:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), expected)
+
+
 def test_everything_is_put_back(model, ids):
     before, implementation = model.config.to_dict(), model.config._attn_implementation
     expected = model(ids).logits
@@ -173,6 +185,41 @@ def test_an_encoder_takes_a_two_sided_pattern_only(ids):
         pytest.raises(RuntimePolicyError, match="a causal pattern on a bidirectional"),
     ):
         model(ids)
+
+
+def test_a_grid_pattern_goes_through_its_own_order_and_back():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=36, patch_size=4
+    )
+    model = ViTModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+    image = torch.randn(2, 3, 36, 36)
+    near = Neighborhood((9, 9), 3, dilation=(2, 1), prefix_tokens=1, tile=(3, 4))
+    seen = dense_mask(near, 82, 82)
+    with attach(model, near):
+        got = model(image).last_hidden_state
+    assert (got - model(image).last_hidden_state).abs().max() > 1e-3
+
+    def masked_attention(module, query, key, value, attention_mask, scaling, **options):
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("masked_for_test", masked_attention)
+    model.set_attn_implementation("masked_for_test")
+    torch.testing.assert_close(got, model(image).last_hidden_state)
+    model.set_attn_implementation("sdpa")
+    row = Neighborhood((70,), 9, causal_axes=1)
+    decoder = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).eval().requires_grad_(False)
+    ids = torch.randint(1, 100, (1, 70))
+    expected = masked(decoder, ids, row)
+    with attach(decoder, row):
+        torch.testing.assert_close(decoder(ids).logits, expected)
+        with pytest.raises(UsageError, match="does not fit a sequence of 71"):
+            decoder.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        with pytest.raises(RuntimePolicyError, match="does not go with padding"):
+            decoder(ids, attention_mask=torch.arange(70)[None] > 3)
+    with attach(model, Neighborhood((8, 8), 3)), pytest.raises(UsageError, match="does not fit a sequence of 82"):
+        model(image)
 
 
 def test_the_slow_path_is_said_once_and_refused_when_strict(model, ids):

@@ -23,8 +23,10 @@ class BlockLists:
         mask_ids: int32 [1 or H, rows, partial width] into `masks`, or None when the mask inside partial blocks is only
             causality (if `causal`) and the end of the keys.
         masks: int32 [n, block_q, block_k / 32], bit b of word w speaks for key `32 w + b` of the block, or None.
-        pairs: query-key pairs that are read, all rows and list heads together.
+        pairs: query-key pairs that are read, all rows and list heads together; 0 where nobody counted.
         shortest: smallest count of any row.
+        biases: float32 like `indices`, added to all scores of a listed block, or None. A block of keys that each stand
+            for r tokens gets log r.
     """
 
     counts: Tensor
@@ -40,6 +42,7 @@ class BlockLists:
     causal: bool
     pairs: int
     shortest: int
+    biases: Tensor | None = None
 
     @property
     def touched(self) -> int:
@@ -59,6 +62,7 @@ class BlockLists:
             indices=self.indices.to(device),
             mask_ids=move(self.mask_ids),
             masks=move(self.masks),
+            biases=move(self.biases),
         )
 
     def dense(self) -> Tensor:
@@ -106,3 +110,16 @@ def expand(
         cells[head, row, col] = seen & (q_at[:, :, None] >= k_at[:, None, :]) if causal else seen
     dense = cells.permute(0, 1, 3, 2, 4).reshape(heads, rows * block_q, n_cols * block_k)
     return dense[:, :n_queries, :n_keys]
+
+
+def expand_biases(
+    biases: Tensor, counts: Tensor, indices: Tensor, block_q: int, block_k: int, n_queries: int, n_keys: int
+) -> Tensor:
+    """Float32 [list heads, queries, keys], the bias of each pair of a listed block and zero elsewhere."""
+    heads, rows, width = indices.shape
+    n_cols = -(-n_keys // block_k)
+    listed = torch.arange(width, device=indices.device) < counts.unsqueeze(-1)
+    head, row, at = listed.nonzero(as_tuple=True)
+    cells = torch.zeros(heads, rows, n_cols, dtype=torch.float32, device=indices.device)
+    cells[head, row, indices[head, row, at].long()] = biases[head, row, at]
+    return cells.repeat_interleave(block_q, 1).repeat_interleave(block_k, 2)[:, :n_queries, :n_keys]

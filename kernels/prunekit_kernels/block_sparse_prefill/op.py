@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
-from prunekit_kernels.block_sparse_prefill.reference import prefill_reference
+from prunekit_kernels.block_sparse_prefill.reference import backward_reference, prefill_reference
 
 HALF = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 80, 96, 128)
@@ -66,10 +67,12 @@ def _prefill(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
+    biases: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return prefill_reference(
-        q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal, scale
-    )
+        q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal, scale,
+        biases,
+    )  # fmt: skip
 
 
 @_prefill.register_kernel("cuda")
@@ -77,21 +80,24 @@ def _prefill_cuda(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
+    biases: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if refusal(q, k):
         return prefill_reference(
-            q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal, scale
-        )
+            q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal,
+            scale, biases,
+        )  # fmt: skip
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    if hopper_takes(q, masks, starts, block_q, block_k, full_rows):
+    if biases is None and hopper_takes(q, masks, starts, block_q, block_k, full_rows):
         from prunekit_kernels.block_sparse_prefill import hopper_launch
 
         return hopper_launch.launch(q, k, v, counts, partials, indices, q_offset, causal, scale)
     from prunekit_kernels.block_sparse_prefill import portable
 
     return portable.launch(
-        q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal, scale
-    )
+        q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal, scale,
+        biases=biases,
+    )  # fmt: skip
 
 
 @_prefill.register_fake
@@ -99,8 +105,48 @@ def _prefill_fake(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
+    biases: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("prunekit::block_sparse_prefill_backward", mutates_args=())
+def _backward(
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, counts: Tensor,
+    partials: Tensor, indices: Tensor, mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None,
+    ends: Tensor | None, biases: Tensor | None, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    lists = (counts, partials, indices, mask_ids, masks, starts, ends, biases, block_q, block_k, q_offset, causal)
+    if refusal(q, k):
+        return backward_reference(grad, grad_lse, q, k, v, out, lse, *lists, scale)
+    from prunekit_kernels.block_sparse_prefill import backward
+
+    grad, q, k, v, out = _aligned(grad), _aligned(q), _aligned(k), _aligned(v), _aligned(out)
+    return backward.launch(grad, grad_lse, q, k, v, out, lse, *lists, scale)
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, counts: Tensor,
+    partials: Tensor, indices: Tensor, mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None,
+    ends: Tensor | None, biases: Tensor | None, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, *plain, biases = inputs
+    block_q, block_k, q_offset, causal, _, scale = plain
+    ctx.save_for_backward(q, k, v, *output, counts, partials, indices, mask_ids, masks, starts, ends, biases)
+    ctx.plain = (block_q, block_k, q_offset, causal, scale)
+
+
+def _gradients(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    found = _backward(grad, grad_lse, *ctx.saved_tensors, *ctx.plain)
+    return (*found, *([None] * 14))
+
+
+_prefill.register_autograd(_gradients, setup_context=_remember)
 
 
 def block_sparse_prefill(
@@ -117,7 +163,8 @@ def block_sparse_prefill(
         starts: int32 [B], slot of each sequence's first token (left padding), with `ends`, one past its last. The
             lists then count from the first token; S must equal T. Slots outside give zeros and minus infinity.
     Returns:
-        Output [B, H, S, D] in the dtype of `q` and log-sum-exp float32 [B, H, S] (natural logarithm). No gradient.
+        Output [B, H, S, D] in the dtype of `q` and log-sum-exp float32 [B, H, S] (natural logarithm). Both
+        have gradients with respect to `q`, `k` and `v`.
     Raises:
         ValueError: if the lists do not fit the tensors, or only one of `starts` and `ends` is given.
     """
@@ -134,5 +181,5 @@ def block_sparse_prefill(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _prefill(
         q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends,
-        lists.block_q, lists.block_k, lists.q_offset, lists.causal, lists.shortest > 0, scale,
+        lists.block_q, lists.block_k, lists.q_offset, lists.causal, lists.shortest > 0, scale, lists.biases,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Tile:
 
 @triton.jit
 def _accumulate(
-    acc, m, l, q, k_at, v_at, k_rows, n_keys, d_mask, keep, stride_kt, stride_vt, scale_log2,
+    acc, m, l, q, k_at, v_at, k_rows, n_keys, d_mask, keep, bias, stride_kt, stride_vt, scale_log2,
     CHECK_KEYS: tl.constexpr, MASKED: tl.constexpr, PAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over `k_rows`; `keep` counts only if MASKED."""
+    """One step of the online softmax over `k_rows`; `keep` counts only if MASKED, `bias` (base two) goes to all."""
     inside = k_rows < n_keys
     if CHECK_KEYS:
         load = inside[:, None] & d_mask[None, :] if PAD_DIM else inside[:, None]
@@ -54,10 +55,10 @@ def _accumulate(
         s = tl.where(keep & inside[None, :], s, float("-inf"))
     elif CHECK_KEYS:
         s = tl.where(inside[None, :], s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2 + bias)
     safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED or CHECK_KEYS else m_new
     alpha = tl.exp2(m - safe)
-    p = tl.exp2(s * scale_log2 - safe[:, None])
+    p = tl.exp2(s * scale_log2 - (safe - bias)[:, None])
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     if WIDEN:
@@ -70,12 +71,12 @@ def _accumulate(
 # Without this the compiler builds one kernel for each divisibility of each length.
 @triton.jit(do_not_specialize=["stride_list", "width", "mask_width", "n_queries", "n_keys", "q_offset"])
 def _prefill(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, counts, partials, indices, mask_ids, masks, starts, ends,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, counts, partials, indices, mask_ids, masks, starts, ends, biases,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_os, stride_list, width, mask_width, n_queries, n_keys, q_offset, scale_log2,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE: tl.constexpr, TABLE: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    TILE: tl.constexpr, TABLE: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK_K // TILE
     row = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -119,15 +120,17 @@ def _prefill(
                 keep = (q_offset + at_q)[:, None] >= k_rows[None, :]
             else:
                 keep = (at_q >= 0)[:, None] & (k_rows >= 0)[None, :]
+            bias = tl.load(biases + line * width + j // SPLIT) * LOG2E if BIAS else 0.0
             acc, m, l = _accumulate(
-                acc, m, l, q, k_at, v_at, k_rows, n_cols, d_mask, keep, stride_kt, stride_vt, scale_log2,
+                acc, m, l, q, k_at, v_at, k_rows, n_cols, d_mask, keep, bias, stride_kt, stride_vt, scale_log2,
                 True, True, BLOCK_D != DIM, PRECISION, WIDEN,
             )  # fmt: skip
         for j in range(partial, count):
             block = tl.load(indices + line * width + j // SPLIT)
             k_rows = block * BLOCK_K + (j % SPLIT) * TILE + tl.arange(0, TILE)
+            bias = tl.load(biases + line * width + j // SPLIT) * LOG2E if BIAS else 0.0
             acc, m, l = _accumulate(
-                acc, m, l, q, k_at, v_at, k_rows, n_cols, d_mask, False, stride_kt, stride_vt, scale_log2,
+                acc, m, l, q, k_at, v_at, k_rows, n_cols, d_mask, False, bias, stride_kt, stride_vt, scale_log2,
                 SPANS, False, BLOCK_D != DIM, PRECISION, WIDEN,
             )  # fmt: skip
         out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
@@ -148,6 +151,7 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, scale: float, tile: Tile | None = None,
+    biases: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs the kernel; arguments and result as in `block_sparse_prefill`, head dimensions contiguous."""
     batch, heads, n_queries, dim = q.shape
@@ -160,13 +164,14 @@ def launch(
     _prefill[(counts.shape[1], heads, batch)](
         q, k, v, out, lse, counts, partials, indices,
         nothing if mask_ids is None else mask_ids, nothing if masks is None else masks,
-        starts if spans else nothing, ends if spans else nothing,
+        starts if spans else nothing, ends if spans else nothing, nothing if biases is None else biases,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2),
         counts.shape[1] if counts.shape[0] > 1 else 0, indices.shape[2], 0 if mask_ids is None else mask_ids.shape[2],
         n_queries, k.shape[2], q_offset, scale * 1.4426950408889634,
         GROUP=heads // k.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_Q=block_q,
         BLOCK_K=block_k, TILE=tile.keys, TABLE=masks is not None, CAUSAL=causal, SPANS=spans,
+        BIAS=biases is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,

@@ -66,6 +66,20 @@ class PageLists:
         )  # fmt: skip
 
     @classmethod
+    def from_mask(cls, mask: Tensor, kv_heads: int) -> PageLists:
+        """Lists of single tokens of a contiguous cache, without asking the device for anything.
+
+        Args:
+            mask: bool [B, 1 or G, S], true for the tokens that are read.
+            kv_heads: G.
+        """
+        size = mask.shape[-1]
+        place = torch.where(mask, mask.cumsum(-1) - 1, size)
+        table = torch.zeros(*mask.shape[:-1], size + 1, dtype=torch.int64, device=mask.device)
+        table.scatter_(-1, place, torch.arange(size, device=mask.device).expand_as(place))
+        return cls.from_table(table[..., :size], mask.sum(-1), kv_heads, 1, paged=False)
+
+    @classmethod
     def from_lists(
         cls, pages: Sequence[Sequence[Tensor]], page_tokens: int, *, paged: bool, tokens: Tensor | None = None
     ) -> PageLists:

@@ -11,8 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit.core.errors import RuntimePolicyError
+from prunekit.runtime.attention.decode import forget
 from prunekit.runtime.attention.interface import NAME, register
 from prunekit.runtime.attention.patterns._engine import Pattern
+from prunekit.runtime.attention.patterns._scored import Scored
 from prunekit.runtime.attention.policy import policy
 from prunekit_kernels.block_sparse_prefill import refusal
 
@@ -47,6 +49,7 @@ class Attachment:
             else:
                 config.prunekit = section
         self._before = []
+        forget(self._model)
 
     def __enter__(self) -> PreTrainedModel:
         return self._model
@@ -58,7 +61,7 @@ class Attachment:
 
 
 def attach(
-    model: PreTrainedModel, pattern: Pattern | str | Mapping[str, Any], *, layers: Sequence[int] | None = None,
+    model: PreTrainedModel, pattern: Pattern | Scored | str | Mapping[str, Any], *, layers: Sequence[int] | None = None,
     strict: bool = False,
 ) -> Attachment:  # fmt: skip
     """Lets a model attend sparsely, from now on or within a `with` block.

@@ -1,7 +1,8 @@
 """The attention function and the mask function that transformers calls for `attn_implementation="prunekit"`.
 
-Prompts go to block-sparse prefill. Steps that read a cache, and masks that are more than causality and padding, go to
-scaled dot-product attention under a dense mask: right, but no faster than dense attention.
+Prompts go to block-sparse prefill, steps of one token to sparse decode. Several tokens over a padded cache, and masks
+that are more than causality and padding, go to scaled dot-product attention under a dense mask: right, but no faster
+than dense attention.
 
 Shapes: B batch, H query heads, G key-value heads, Q queries, T keys, D head size.
 """
@@ -10,16 +11,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from prunekit.core.errors import RuntimePolicyError
-from prunekit.runtime.attention.patterns._engine import Pattern, block_lists
+from prunekit.runtime.attention.decode import cannot_ask, spans_of, step
+from prunekit.runtime.attention.patterns._engine import Pattern, block_lists, order_of
+from prunekit.runtime.attention.patterns._scored import Scored, is_scored
+from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.policy import policy_of
 from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill
 
@@ -44,18 +49,29 @@ def attention_mask(
     """What the attention function needs to know about causality and padding.
 
     Returns:
-        None for a plain causal or plain bidirectional batch without padding; bool [B, T] for one with padding on the
-        left or right; bool [B, 1, Q, T] for everything else.
+        None for a plain causal or plain bidirectional batch without padding that fills the keys; bool [B, n] for one
+        with padding on the left or right, uint8 [B, n] for one without, where only the first n slots of a cache of
+        fixed size are filled; bool [B, T] for a compiled step over such a cache; bool [B, 1, Q, T] for everything else.
     Raises:
         RuntimePolicyError: if a batch padded on the left comes under a mask that is neither.
     """
     padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    if padding is not None and padding.shape[1] == kv_length and bool(padding.all()):
-        padding = None
     plain = mask_function in (causal_mask_function, bidirectional_mask_function) and kv_offset == 0
-    plain = plain and isinstance(q_offset, int) and q_offset + q_length == kv_length
-    if plain and (padding is None or (padding.shape[1] == kv_length and _in_one_piece(padding))):
-        return padding
+    if plain and isinstance(q_offset, Tensor) and cannot_ask(q_offset):
+        if q_length == 1 and mask_function is causal_mask_function:
+            rows = (torch.arange(kv_length, device=q_offset.device) <= q_offset).expand(batch_size, -1)
+            return rows if padding is None else rows & pad(padding, (0, kv_length - padding.shape[1]))
+    elif plain:
+        filled = int(q_offset) + q_length
+        plain = filled == kv_length or (filled < kv_length and mask_function is causal_mask_function)
+        padding = padding if padding is None else padding[:, :filled]
+        if padding is not None and padding.shape[1] == filled and bool(padding.all()):
+            padding = None
+        if plain and padding is None:
+            device = options.get("device", "cpu")
+            return None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.uint8, device=device)
+        if plain and padding is not None and padding.shape[1] == filled and _in_one_piece(padding):
+            return padding
     if padding is not None and not bool(padding[:, 0].all()):
         raise RuntimePolicyError(
             "a batch padded on the left comes with a mask that is more than causality and padding",
@@ -71,16 +87,8 @@ def attention_mask(
 
 def _in_one_piece(padding: Tensor) -> bool:
     """Whether the tokens of every sequence lie side by side."""
-    starts, ends = _spans(padding)
+    starts, ends = spans_of(padding)
     return bool(((ends - starts) == padding.sum(1)).all())
-
-
-def _spans(padding: Tensor) -> tuple[Tensor, Tensor]:
-    """First token of each sequence and one past its last, int32 [B]."""
-    marks = padding.to(torch.int32)
-    starts = marks.argmax(1)
-    ends = padding.shape[1] - marks.flip(1).argmax(1)
-    return starts.to(torch.int32), ends.to(torch.int32)
 
 
 def attention(
@@ -99,34 +107,98 @@ def attention(
         RuntimePolicyError: if the pattern and the module disagree on causality, or dropout is asked for.
     """
     policy = policy_of(module.config)
-    pattern = policy.pattern
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
-    n_queries, n_keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        filled = attention_mask.shape[1]
+        key, value = key[:, :, :filled], value[:, :, :filled]
+        attention_mask = None if attention_mask.dtype == torch.uint8 else attention_mask
     if not policy.covers(getattr(module, "layer_idx", None)):
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = _dense(None, attention_mask, n_queries, n_keys, causal, query.device)
+        # Torch's own causal mask starts at the first key, not where a prompt goes on over a cache.
+        goes_on = attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]
+        if goes_on or (attention_mask is not None and attention_mask.dim() == 2):
+            attention_mask = _dense(None, attention_mask, query.shape[2], key.shape[2], causal, query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
+    pattern = policy.pattern
     _check(pattern, causal, dropout)
-    if attention_mask is None and n_queries > 1:
-        lists = _lists(pattern, n_queries, n_keys, str(query.device))
-        out, _ = block_sparse_prefill(query, key, value, lists, scale=scaling)
-    elif attention_mask is not None and attention_mask.dim() == 2 and n_queries == n_keys:
-        lists = _lists(pattern, n_queries, n_keys, str(query.device))
-        starts, ends = _spans(attention_mask)
-        out, _ = block_sparse_prefill(query, key, value, lists, scale=scaling, starts=starts, ends=ends)
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
+        raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
+    rows = _step_mask(attention_mask, n_queries, n_keys, causal)
+    if n_queries == 1 < n_keys and causal and rows is not False:
+        from_first = attention_mask is None or attention_mask.dim() == 2
+        out = step(pattern, module, query, key, value, rows, scaling, from_first=from_first)
+    elif attention_mask is None or (attention_mask.dim() == 2 and n_queries == n_keys):
+        out = prompt(pattern, query, key, value, attention_mask, scaling)
     else:
-        mask = _dense(pattern, attention_mask, n_queries, n_keys, causal, query.device)
-        group = query.shape[1] // key.shape[1]
-        out = nn.functional.scaled_dot_product_attention(
-            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, scale=scaling
-        )
+        out = _masked(pattern, query, key, value, attention_mask, causal, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _check(pattern: Pattern, causal: bool, dropout: float) -> None:
+def _step_mask(given: Tensor | None, n_queries: int, n_keys: int, causal: bool) -> Tensor | Literal[False] | None:
+    """The mask of one step as bool [B or 1, T], None where there is none, False where a row does not say it all."""
+    if given is None or n_queries > 1 or not causal:
+        return None
+    if given.dim() == 2:
+        return given
+    # Masks that differ between heads, or that add something other than nothing and minus infinity.
+    if given.dim() != 4 or given.shape[1] != 1 or given.dtype != torch.bool:
+        return False
+    return given[:, 0, 0, :n_keys]
+
+
+def prompt(
+    pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Block-sparse prefill of [B, H, Q, D], scored patterns one sequence at a time."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    spans = None if padding is None else spans_of(padding)
+    if not is_scored(pattern):
+        lists = _lists(pattern, n_queries, n_keys, str(query.device))
+        order = order_of(pattern, n_keys)
+        if order is None:
+            starts, ends = spans or (None, None)
+            return block_sparse_prefill(query, key, value, lists, scale=scaling, starts=starts, ends=ends)[0]
+        order = order.to(query.device)
+        q, k, v = (t.index_select(2, order) for t in (query, key, value))
+        return torch.empty_like(query).index_copy_(2, order, block_sparse_prefill(q, k, v, lists, scale=scaling)[0])
+    out = torch.zeros_like(query)
+    pieces = [(0, n_queries)] * len(out) if spans is None else list(zip(*(s.tolist() for s in spans), strict=True))
+    for b, (start, end) in enumerate(pieces):
+        at = slice(start, end)
+        q = query[b : b + 1, :, at]
+        k, v = (t[b : b + 1, :, at] if spans else t[b : b + 1] for t in (key, value))
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        chosen = pattern.prompt_lists(q, k, scale) or _lists(Dense(), q.shape[2], k.shape[2], str(q.device))
+        out[b : b + 1, :, at] = block_sparse_prefill(q, k, v, chosen, scale=scaling)[0]
+    return out
+
+
+def _masked(
+    pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, given: Tensor | None, causal: bool,
+    scaling: float | None,
+) -> Tensor:  # fmt: skip
+    """Scaled dot-product attention under the pattern and the mask that the model gave, as one dense mask.
+
+    Raises:
+        RuntimePolicyError: for a pattern that scores, which such a mask leaves nothing to count from.
+    """
+    if is_scored(pattern):
+        raise RuntimePolicyError(
+            "a pattern that chooses blocks by score meets a mask that is more than causality and padding",
+            why="it scores whole prompts and single steps",
+            hint="run one prompt at a time, or choose a pattern that goes by position",
+        )
+    mask = _dense(pattern, given, query.shape[2], key.shape[2], causal, query.device)
+    group = query.shape[1] // key.shape[1]
+    return nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, scale=scaling
+    )
+
+
+def _check(pattern: Pattern | Scored, causal: bool, dropout: float) -> None:
     if pattern.causal != causal:
         kinds = ("bidirectional", "causal")
         raise RuntimePolicyError(
@@ -150,12 +222,16 @@ def _dense(
     k = torch.arange(n_keys, device=device)[None, None, :]
     q = torch.arange(n_keys - n_queries, n_keys, device=device)[None, :, None]
     if given is not None and given.dim() == 2:
-        start = _spans(given)[0][:, None, None]
+        start = spans_of(given)[0][:, None, None]
         valid = given[:, None, :n_keys] & (q >= start)
         seen = pattern.allows(q - start, k - start) & valid if pattern else ((k <= q) | (not causal)) & valid
         return (seen | ((k == q) & ~seen.any(-1, keepdim=True)))[:, None]
-    seen = (pattern.allows(q, k) if pattern else (k <= q) | (not causal))[:, None]
     if given is None:
-        return seen
+        return (pattern.allows(q, k) if pattern else (k <= q) | (not causal))[:, None]
     given = given[..., :n_keys]
+    if causal:
+        # The last key that a causal mask shows is the query's own; slots past it may be a cache not yet filled.
+        shown = given if given.dtype == torch.bool else given >= 0
+        q = (n_keys - 1 - shown.flip(-1).int().argmax(-1, keepdim=True))[:, 0]
+    seen = (pattern.allows(q, k) if pattern else (k <= q) | (not causal))[:, None]
     return given & seen if given.dtype == torch.bool else given.masked_fill(~seen, torch.finfo(given.dtype).min)

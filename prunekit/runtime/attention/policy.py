@@ -18,13 +18,14 @@ from typing import Any
 from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime.attention import patterns
 from prunekit.runtime.attention.patterns._engine import Pattern
+from prunekit.runtime.attention.patterns._scored import Scored
 
 
 @dataclass(frozen=True)
 class Policy:
     """A pattern and the layers it is for; `layers` None means all of them."""
 
-    pattern: Pattern
+    pattern: Pattern | Scored
     layers: tuple[int, ...] | None = None
 
     def covers(self, layer: int | None) -> bool:
@@ -43,7 +44,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
-def name_of(pattern: Pattern) -> str:
+def name_of(pattern: Pattern | Scored) -> str:
     """The name under which a pattern is found."""
     return type(pattern).__module__.rpartition(".")[2]
 
@@ -63,7 +64,7 @@ def pattern_class(name: str) -> type:
     return found
 
 
-def policy(section: Mapping[str, Any] | str | Pattern, layers: tuple[int, ...] | None = None) -> Policy:
+def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[int, ...] | None = None) -> Policy:
     """Policy from a config section, a pattern's name, or a pattern.
 
     Raises:

@@ -35,7 +35,10 @@ class Pattern(Protocol):
         ...
 
     def key_ranges(self, first: int, last: int, n_keys: int) -> Iterable[tuple[int, int]]:
-        """Ranges (start, end) of keys outside which no query from `first` to `last`, both included, reads."""
+        """Ranges (start, end) of keys outside which no query from `first` to `last`, both included, reads.
+
+        For a pattern with an order of its own, slots instead of positions.
+        """
         ...
 
 
@@ -53,7 +56,8 @@ def block_lists(
 ) -> BlockLists:  # fmt: skip
     """Lists of the key blocks that each block of queries reads, one for all heads.
 
-    Within a row the masked blocks come first, then the full ones, both from the nearest key to the farthest.
+    Within a row the masked blocks come first, then the full ones, both from the nearest key to the farthest. A pattern
+    with an `order` of its own, of tokens in slots, gets lists of slots: see `order_of`.
 
     Args:
         pattern: the rule.
@@ -62,6 +66,8 @@ def block_lists(
         block_k: keys of a block, a multiple of 32.
         device: where the lists are computed and stay.
     """
+    order = order_of(pattern, n_keys)
+    order = None if order is None else order.to(device)
     rows, cols = _candidates(pattern, n_queries, n_keys, q_offset, block_q, block_k)
     kinds, tables, pairs, plain = [], [], 0, True
     for first in range(0, len(rows), CHUNK_BLOCKS):
@@ -70,7 +76,10 @@ def block_lists(
         i = (row[:, None] * block_q + torch.arange(block_q, device=device))[:, :, None]
         k = (col[:, None] * block_k + torch.arange(block_k, device=device))[:, None, :]
         q = q_offset + i
-        seen = pattern.allows(q, k) & (k < n_keys)
+        if order is None:
+            seen = pattern.allows(q, k) & (k < n_keys)
+        else:
+            seen = pattern.allows(order[q.clamp(max=n_keys - 1)], order[k.clamp(max=n_keys - 1)]) & (k < n_keys)
         beyond = i >= n_queries
         counted = seen & ~beyond
         pairs += int(counted.sum())
@@ -90,6 +99,16 @@ def block_lists(
         n_queries=n_queries, n_keys=n_keys, q_offset=q_offset, causal=pattern.causal, pairs=pairs,
         shortest=int(counts.min()),
     ).to(device)  # fmt: skip
+
+
+def order_of(pattern: Pattern, n_tokens: int) -> Tensor | None:
+    """Position of the token in each slot of the blocks, int64, or None if slots and positions are the same.
+
+    Queries, keys and values go to the kernel in this order, and the result back.
+    """
+    order = getattr(pattern, "order", None)
+    found: Tensor | None = None if order is None else order(n_tokens)
+    return found
 
 
 def density(pattern: Pattern, n_tokens: int) -> float:

@@ -1,0 +1,25 @@
+"""Page summaries in plain torch, on any device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def bounds_reference(x: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
+    """What `page_bounds` returns."""
+    pages = -(-x.shape[2] // page_tokens)
+    missing = pages * page_tokens - x.shape[2]
+    low = pad(x, (0, 0, 0, missing), value=float("inf")).unflatten(2, (pages, page_tokens)).amin(3)
+    high = pad(x, (0, 0, 0, missing), value=float("-inf")).unflatten(2, (pages, page_tokens)).amax(3)
+    return low, high
+
+
+def means_reference(x: Tensor, block_tokens: int) -> Tensor:
+    """What `block_means` returns, summed in float32."""
+    blocks = -(-x.shape[2] // block_tokens)
+    missing = blocks * block_tokens - x.shape[2]
+    sums = pad(x.float(), (0, 0, 0, missing)).unflatten(2, (blocks, block_tokens)).sum(3)
+    sums[:, :, :-1] /= block_tokens
+    sums[:, :, -1] /= block_tokens - missing
+    return sums.to(x.dtype)

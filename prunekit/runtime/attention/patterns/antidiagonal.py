@@ -1,0 +1,69 @@
+"""Blocks that hold most of the attention mass, estimated from antidiagonals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from prunekit.core.errors import UsageError
+from prunekit.runtime.attention.patterns._checks import at_least
+from prunekit.runtime.attention.patterns._scored import BLOCK, no_pages
+from prunekit_kernels.block_scores import antidiagonal_scores, scored_lists
+from prunekit_kernels.block_sparse_prefill import BlockLists
+
+
+@dataclass(frozen=True)
+class Antidiagonal:
+    """Every block of 128 queries reads the fewest blocks that reach `mass` of its estimated attention; steps are dense.
+
+    One in `stride` products is computed, those on the antidiagonals of squares of `stride` by `stride`, and their
+    softmax summed over blocks. The first block and the query's own are always read.
+
+    Args:
+        mass: share of a row's estimated attention that is reached, above 0 and at most 1.
+        stride: 2, 4, 8, 16, 32, 64 or 128; larger is cheaper and coarser.
+        keep_blocks: read so many blocks instead, whatever their mass; 0 leaves it to `mass`.
+    """
+
+    mass: float = 0.9
+    stride: int = 16
+    keep_blocks: int = 0
+
+    causal: ClassVar[bool] = True
+    paper: ClassVar[tuple[str, str]] = (
+        "XAttention: Block Sparse Attention with Antidiagonal Scoring", "https://arxiv.org/abs/2503.16428",
+    )  # fmt: skip
+    evidence: ClassVar[str] = (
+        "text and code: folded scores, softmax, sums over blocks of 128, mass of 0.9, stride 8 or 16"
+    )
+    deviations: ClassVar[str] = "one threshold for all heads; `keep_blocks` is an addition"
+    status: ClassVar[Literal["preview", "stable"]] = "preview"
+    example: ClassVar[dict[str, float]] = {"mass": 0.8, "stride": 8}
+
+    def __post_init__(self) -> None:
+        at_least(self, stride=2, keep_blocks=0)
+        if BLOCK % self.stride:
+            raise UsageError(f"`stride: {self.stride}` does not divide blocks of {BLOCK}")
+        if not 0 < self.mass <= 1:
+            raise UsageError(f"`mass: {self.mass}` is no share", why="it is above 0 and at most 1")
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Steps read everything."""
+        return 0, 0
+
+    def prompt_lists(self, q: Tensor, k: Tensor, scale: float) -> BlockLists | None:
+        """Blocks of each row and head by estimated mass."""
+        scores = antidiagonal_scores(q, k, stride=self.stride, q_offset=k.shape[2] - q.shape[2], scale=scale)
+        mass = 0.0 if self.keep_blocks else self.mass
+        return scored_lists(scores[0], q.shape[2], k.shape[2], keep=self.keep_blocks, mass=mass)
+
+    def summaries(self, k: Tensor) -> tuple[Tensor, ...]:
+        """Nothing."""
+        return ()
+
+    def page_scores(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
+        """No page."""
+        return no_pages(q)

@@ -1,0 +1,43 @@
+"""`prunekit bench attention`: checks, times, and no ratio where a check failed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from prunekit.cli.main import main
+from prunekit.runtime.attention import bench
+
+SMALL = ["bench", "attention", "--device", "cpu", "--length", "64", "--quiet", "--json"]
+
+
+@pytest.fixture(autouse=True)
+def one_length(monkeypatch) -> None:
+    monkeypatch.setattr(bench, "CHECKED_LENGTHS", (40,))
+
+
+def test_ratios_stand_beside_what_was_timed_once_all_checks_passed(capsys) -> None:
+    assert main(SMALL) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(check["passed"] for check in found["checks"])
+    assert {check["what"].split()[0] for check in found["checks"]} >= {"step", "gradient"}
+    sparse = [row for row in found["rows"] if row["what"] not in bench.DENSE]
+    assert {row["shape"].split()[0] for row in sparse} == {"prompt", "image", "gradients", "step"}
+    assert all(row["times_baseline"] > 0 and row["baseline"] in bench.DENSE for row in sparse)
+    assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in found["rows"])
+
+
+def test_a_failed_check_takes_the_ratios_away_and_is_an_error(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(bench.cases.RELATIVE, torch.float32, 0.0)
+    assert main(SMALL) == 3
+    said = capsys.readouterr()
+    assert '"times_baseline": null' in said.out
+    assert '"baseline": "dense' not in said.out
+    assert "checks failed, so no ratio is given" in said.out + said.err
+
+
+def test_lengths_of_nothing_are_refused(capsys) -> None:
+    assert main(["bench", "attention", "--length", "0"]) == 2
+    assert "are counts" in capsys.readouterr().err

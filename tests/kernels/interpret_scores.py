@@ -1,0 +1,116 @@
+"""Runs the scoring, summary, merge and gradient kernels under Triton's interpreter; started by test_scores.py.
+
+A process of its own: Triton decides when it is first imported whether its functions are interpreted.
+"""
+
+import json
+import random
+from dataclasses import replace
+
+import torch
+
+from prunekit_kernels.block_scores import portable as scores
+from prunekit_kernels.block_scores import reference as scores_reference
+from prunekit_kernels.block_sparse_prefill import backward, cases, portable
+from prunekit_kernels.block_sparse_prefill.reference import backward_reference, reference
+from prunekit_kernels.merge import portable as merge
+from prunekit_kernels.merge.op import merge_reference
+from prunekit_kernels.page_summaries import portable as summaries
+from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference
+
+FOLDED = ((1, 4, 2, 100, 100, 64, 8, 32, 32, True), (1, 2, 2, 70, 200, 80, 8, 64, 32, False))
+# Each kind of list once, and rounding once.
+GRADIENTS = (*((case, torch.float32) for case in cases.SMALL), (cases.SMALL[0], torch.bfloat16))
+
+
+def gradients(case, dtype):
+    """Relative errors of output and gradients with a bias on each block, worst error of the log-sum-exp."""
+    q, k, v, lists, starts, ends = cases.make(case, dtype, "cpu", seed=3)
+    random_numbers = torch.Generator().manual_seed(4)
+    lists = replace(lists, biases=torch.randn(lists.indices.shape, generator=random_numbers))
+    parts = (lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends)
+    numbers = (lists.block_q, lists.block_k, lists.q_offset, lists.causal, case.dim**-0.5)
+    out, lse = portable.launch(q, k, v, *parts, *numbers, portable.Tile(32, 4, 2), biases=lists.biases)
+    wide = [t.double() for t in (q, k, v)]
+    expected, sums = reference(*wide, lists, case.dim**-0.5, starts, ends)
+    finite = sums > float("-inf")
+    grad = torch.randn(out.shape, generator=random_numbers).to(dtype)
+    less = torch.randn(lse.shape, generator=random_numbers) * finite
+    tiles = {"tile_q": 32, "tile_k": 32, "tile_k_keys": 32}
+    got = backward.launch(grad, less, q, k, v, out, lse, *parts, lists.biases, *numbers, **tiles)
+    right = backward_reference(grad.double(), less, *wide, expected, sums, *parts, lists.biases, *numbers)
+    errors = [cases.relative_error(a, b) for a, b in zip((out, *got), (expected, *right), strict=True)]
+    return errors, (lse - sums)[finite].abs().max().item()
+
+
+def folded(shape, dtype):
+    """Relative error of the antidiagonal scores."""
+    batch, heads, kv_heads, queries, keys, dim, stride, block_q, block_k, causal = shape
+    generator = torch.Generator().manual_seed(5)
+    q, k = (
+        torch.randn(batch, n, h, dim, generator=generator).to(dtype).transpose(1, 2)
+        for n, h in ((queries, heads), (keys, kv_heads))
+    )
+    how = (stride, block_q, block_k, keys - queries, causal, dim**-0.5)
+    return cases.relative_error(scores.folded(q, k, *how), scores_reference.folded_scores(q.double(), k.double(), *how))
+
+
+def selected(seed):
+    """Whether counts, masked counts and lists are those of sorting; scores are coarse, so that many are equal."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    block_q, block_k, n_keys = draw.choice((1, 16, 32)), draw.choice((16, 32)), draw.randint(1, 400)
+    n_queries = draw.randint(1, min(n_keys, 3 * block_q))
+    causal, sink, window = draw.random() < 0.7, draw.randint(0, 3), draw.randint(0, 3)
+    rows, cols = -(-n_queries // block_q), -(-n_keys // block_k)
+    keep, mass = ((0, 0.0), (draw.randint(1, 20), 0.0), (0, draw.choice((0.3, 0.5, 0.9))))[seed % 3]
+    given = torch.randint(0 if mass else -20, 64, (2, rows, cols), generator=generator).float() / 64
+    width = min(cols, max(keep, sink + 2 * window + -(-block_q // block_k))) if keep else cols
+    how = (block_q, block_k, n_queries, n_keys, n_keys - n_queries, causal, keep, mass, sink, window, width)
+    return all(
+        torch.equal(a, b)
+        for ascending in (False, True)
+        for a, b in zip(
+            scores.select(given, *how, ascending),
+            scores_reference.select_reference(given, *how, ascending),
+            strict=True,
+        )
+    )
+
+
+def summarized(dtype):
+    """Whether bounds are exact, and the worst relative error of means."""
+    x = torch.randn(2, 3, 100, 80, generator=torch.Generator().manual_seed(6)).to(dtype)
+    exact, worst = True, 0.0
+    for page in (1, 16, 128):
+        bounds = zip(summaries.launch(x, page, False), bounds_reference(x, page), strict=True)
+        exact &= all(torch.equal(a, b) for a, b in bounds)
+        worst = max(worst, cases.relative_error(summaries.launch(x, page, True)[0], means_reference(x.double(), page)))
+    return exact, worst
+
+
+def merged(dtype):
+    """Relative error of a merge in which some rows read nothing, and whether the log-sum-exps agree."""
+    generator = torch.Generator().manual_seed(7)
+    a, b = (torch.randn(2, 3, 50, 80, generator=generator).to(dtype) for _ in range(2))
+    a_lse, b_lse = (torch.randn(2, 3, 50, generator=generator) for _ in range(2))
+    a_lse[0], b_lse[0, 0] = float("-inf"), float("-inf")
+    out, lse = merge.launch(a, a_lse, b, b_lse)
+    expected, sums = merge_reference(a.double(), a_lse, b.double(), b_lse)
+    return cases.relative_error(out, expected), torch.allclose(lse, sums)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    types = (torch.float32, torch.bfloat16)
+    print(
+        json.dumps(
+            {
+                "gradients": {f"{case.name}-{t}": gradients(case, t) for case, t in GRADIENTS},
+                "folded": {f"{n}-{t}": folded(shape, t) for n, shape in enumerate(FOLDED) for t in types},
+                "selected": [selected(seed) for seed in range(12)],
+                "summarized": {str(t): summarized(t) for t in types},
+                "merged": {str(t): merged(t) for t in types},
+            }
+        )
+    )
