@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import ExportError
 from prunekit.core.files import atomic_folder, require_free_folder, sha256_files, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import is_first_rank
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.healing import (
     REFERENCE_PARAMS,
@@ -84,7 +85,7 @@ class Result:
 
 def run(
     recipe: Recipe, output: Path, overwrite: bool = False, progress: Progress = NULL_PROGRESS, talk: Talk = silent
-) -> Result:
+) -> Result | None:
     """Carries out a recipe.
 
     Args:
@@ -94,6 +95,8 @@ def run(
         overwrite: replace a model folder that is there.
         progress: bars.
         talk: told in a line what happens now.
+    Returns:
+        None in all processes of a group but the first: they choose with it, and it does the rest.
     Raises:
         PrunekitError: of the kind that fits; nothing is left behind then. A missed expectation is no exception.
     """
@@ -101,6 +104,8 @@ def run(
     _check_first(recipe, output, overwrite)
     made = make_plan(recipe, progress, talk)
     clock.lap("plan")
+    if not is_first_rank():
+        return None
     check_evaluation(made.view, recipe)
     if recipe.repair is not None:
         talk(f"repairing by {recipe.repair.method}")

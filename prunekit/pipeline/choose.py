@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.checkpoint.sources import ResolvedSource, resolve
 from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import ALONE, Ranks, joined, place
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
 from prunekit.core.types import Order, Scores
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, selected_batch, tokenizer_for
@@ -68,7 +69,7 @@ class Made:
 
 
 def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = silent) -> Made:
-    """What a recipe removes, without writing a weight.
+    """What a recipe removes, without writing a weight; the same in every rank, and for any number of them.
 
     Args:
         recipe: which model, what goes and who chooses.
@@ -83,12 +84,15 @@ def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = s
         view.groups(step.remove)
     rehearse(recipe, view)
     plan, orders = Plan.make(view), []
-    for number, step in enumerate(recipe.steps, 1):
-        talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
-        with Bench(recipe, view, plan, progress) as bench:
-            cuts, found = _choose(obedient(recipe, step, view, plan), bench)
-        plan = plan.then(view, cuts)
-        orders.append(found)
+    with joined() as ranks:
+        for number, step in enumerate(recipe.steps, 1):
+            talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
+            with Bench(recipe, view, plan, progress, ranks) as bench:
+                cuts, found = _choose(obedient(recipe, step, view, plan), bench)
+            plan = plan.then(view, cuts)
+            orders.append(found)
+        # Nothing is written before every rank has checked that it may be.
+        ranks.wait()
     require_met(recipe, view, plan)
     layout = choose_layout(view, plan, recipe.export.layout)
     return Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders))
@@ -102,10 +106,11 @@ class Bench:
         source: the model before any cut.
         plan: cuts of earlier steps.
         progress: bars.
+        ranks: processes that choose together.
     """
 
-    def __init__(self, recipe: Recipe, source: ModelView, plan: Plan, progress: Progress) -> None:
-        self.recipe, self.source, self.plan, self.progress = recipe, source, plan, progress
+    def __init__(self, recipe: Recipe, source: ModelView, plan: Plan, progress: Progress, ranks: Ranks = ALONE) -> None:
+        self.recipe, self.source, self.plan, self.progress, self.ranks = recipe, source, plan, progress, ranks
         self.view = after(source, plan)
         self._open = ExitStack()
 
@@ -119,8 +124,9 @@ class Bench:
     def batch(self) -> Mapping[str, Tensor]:
         """Calibration inputs; made before the model is loaded, so that missing data costs nothing."""
         calibrate, tokenizer = self.recipe.calibrate, tokenizer_for(self.source, self.recipe)
-        if calibrate.select is not None:
-            return selected_batch(self.source, tokenizer, self.recipe, calibrate.select)
+        select = calibrate.select
+        if select is not None:
+            return self.ranks.of_first(lambda: selected_batch(self.source, tokenizer, self.recipe, select))
         return model_batch(self.source, tokenizer, calibrate, calibrate.seed)
 
     @cached_property
@@ -138,7 +144,7 @@ class Bench:
             engine.apply(self.source, self.plan, folder, progress=self.progress, layout=layout)
         device = device_of(self.recipe)
         dtype = dtype_of(self.recipe, self.source, device)
-        return Stack(load_model(folder, dtype, device, self.recipe.model.trust_remote_code))
+        return Stack(load_model(folder, dtype, place(device), self.recipe.model.trust_remote_code))
 
 
 def _choose(step: Step, bench: Bench) -> tuple[Plan, Scores | Order]:
@@ -171,7 +177,7 @@ def _statistics(needs: tuple[str, ...], bench: Bench) -> dict[str, Tensor]:
     from prunekit.calibrate.collect import collect
 
     batch = bench.batch
-    return collect(bench.stack, batch, needs, bench.progress)
+    return collect(bench.stack, batch, needs, bench.progress, bench.ranks)
 
 
 def _require_numbers(step: Step, scored: list[Scored]) -> None:
@@ -218,7 +224,7 @@ def _evaluator(bench: Bench, safe: frozenset[str]) -> Any:
     from prunekit.search._evaluator import Evaluator
 
     batch = bench.batch
-    return Evaluator(bench.stack, batch, partial(unit_cost, bench.view), safe)
+    return Evaluator(bench.stack, batch, partial(unit_cost, bench.view), safe, ranks=bench.ranks)
 
 
 class _Shapes:
