@@ -22,8 +22,8 @@ from prunekit.core.ranks import ALONE, Ranks, joined
 
 _FOLDER = Path(__file__).parent
 _NOT_VERBS = {"main", "docs"}
-# Verbs that share their work where a launcher starts several processes.
-_SHARED = ("prune", "plan", "score", "heal", "data")
+# Commands that share their work where a launcher starts several processes.
+_SHARED = ("prune", "plan", "score", "heal", "data score")
 # The order in which a person meets them; verbs not named here follow by alphabet.
 _ORDER = (
     "prune",
@@ -155,9 +155,10 @@ def _run(called: _Called, ranks: Ranks) -> int:
     known, verb, words = verbs(), called.verb, called.words
     if verb is not None and verb not in known and not _completing() and "completion" not in words[0]:
         raise _no_verb(verb, known)
-    if ranks.size > 1 and verb is not None and verb not in _SHARED:
+    spoken = " ".join([word for word in words if not word.startswith("-")][: 2 if verb == "data" else 1])
+    if ranks.size > 1 and spoken and spoken not in _SHARED:
         raise UsageError(
-            f"`prunekit {verb}` runs in one process",
+            f"`prunekit {spoken}` runs in one process",
             why=f"{ranks.size} were started",
             hint=f"start it without a launcher; these share their work: {', '.join(_SHARED)}",
         )

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import place, started
+from prunekit.heal._shards import whole
 from prunekit.heal.run import Healed, check, heal
-from prunekit.heal.scene import Scene, matches, place, ranks
+from prunekit.heal.scene import Scene, matches
 from prunekit.modeling.load import load_model, load_tokenizer, to_float64
 from prunekit.pipeline.choose import Talk, silent
 from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
@@ -34,10 +36,10 @@ def require_one_process() -> None:
     Raises:
         UsageError: if torchrun or accelerate started more than one.
     """
-    if ranks() > 1:
+    if started() > 1:
         raise UsageError(
             "a recipe with `heal` runs in one process",
-            why=f"{ranks()} were started",
+            why=f"{started()} were started",
             hint="prune without `heal` first, then start `prunekit heal` on many",
         )
 
@@ -105,7 +107,8 @@ def scene_of(
     def load_teacher() -> Any:
         if dense is not None and str(dense.dtype) == f"torch.{asked.dtype}":
             return dense
-        return load_model(folder, asked.dtype, place(device), trusted)
+        with whole():
+            return load_model(folder, asked.dtype, place(device), trusted)
 
     return Scene(
         asked=asked,
