@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         with joined() as ranks:
             return _carried_out(called, ranks)
     except PrunekitError as error:
-        return _failed(error, called, ALONE)
+        return _failed(error, called, ALONE, error.exit_code)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _carried_out(called: _Called, ranks: Ranks) -> int:
         # the signal whatever is returned here; executing another string clears that.
         exec("")
         sys.stderr.write("\n" * ranks.first)
-        return _failed(_interrupted(), called, ranks)
+        return _failed(_interrupted(), called, ranks, 130)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
@@ -148,7 +148,8 @@ def _carried_out(called: _Called, ranks: Ranks) -> int:
             import traceback
 
             traceback.print_exc()
-        return _failed(_readable(error, called.verb), called, ranks)
+        shown = _readable(error, called.verb)
+        return _failed(shown, called, ranks, shown.exit_code)
 
 
 def _run(called: _Called, ranks: Ranks) -> int:
@@ -176,13 +177,12 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _failed(error: PrunekitError, called: _Called, ranks: Ranks) -> int:
+def _failed(error: PrunekitError, called: _Called, ranks: Ranks, exit_code: int) -> int:
     """Shows an error, unless another rank has shown what was first, and gives the exit code of the run."""
-    code = ranks.failed(error.exit_code)
-    if code is None:
+    before = ranks.failed(exit_code)
+    if before is None:
         _errors.show(error, as_json=called.json)
-        return error.exit_code
-    return code
+    return exit_code if before is None else before
 
 
 def _readable(error: Exception, verb: str | None) -> PrunekitError:
