@@ -196,11 +196,21 @@ class Evaluator:
         """Distances of all that is wanted, run by all ranks in turns together with what is likely wanted next."""
         new = [work for work in dict.fromkeys((*wanted, *likely)) if work not in self._known]
         if new:
-            mine = {f"{n}": self._run(work) for n, work in enumerate(new) if self._ranks.mine(n)}
+            owners = self._owners(new)
+            mine = {f"{n}": self._run(work) for n, work in enumerate(new) if self._ranks.mine(owners[n])}
             for part in self._ranks.gather(mine):
                 self._known |= {new[int(n)]: values.tolist() for n, values in part.items()}
         found = {work: self._known.pop(work) for work in dict.fromkeys(wanted)}
         return [value for work in wanted for value in found[work]]
+
+    def _owners(self, works: Sequence[Work]) -> list[int]:
+        """Rank of each: the largest first, to whoever has least."""
+        sizes = [self._parts[part].tokens * len(sets) for part, sets in works]
+        owners, loads = [0] * len(works), [0] * self._ranks.size
+        for n in sorted(range(len(works)), key=lambda n: -sizes[n]):
+            owners[n] = loads.index(min(loads))
+            loads[owners[n]] += sizes[n]
+        return owners
 
     def _run(self, work: Work) -> Tensor:
         """Float64 [sets]."""

@@ -86,8 +86,9 @@ def race(
         if len(runners[first].found) == parts or bound >= limit:
             return runners[first]
         together, part = _next(heap, runners, evaluator)
-        likely = _likely(heap, runners, evaluator, limit) if evaluator.ahead else []
         sets = [runners[i].removed for i in together]
+        likely = [(sets, at) for at in _certain(evaluator, part)[1:]] if evaluator.ahead else []
+        likely += _likely(heap, runners, evaluator, limit) if evaluator.ahead else []
         for i, distance in zip(together, evaluator.measure(sets, part, likely), strict=True):
             runners[i].found.append(distance)
             heapq.heappush(heap, (value(runners[i], runners[i].bound(evaluator)), i))
@@ -119,5 +120,10 @@ def _likely(
         if len(runners[rest[0][1]].found) == len(evaluator.weights):
             break
         together, part = _next(rest, runners, evaluator)
-        found.append(([runners[i].removed for i in together], part))
+        found += [([runners[i].removed for i in together], at) for at in _certain(evaluator, part)]
     return found
+
+
+def _certain(evaluator: Evaluator, part: int) -> list[int]:
+    """Parts that a candidate runs over once it runs over this one."""
+    return list(range(part, len(evaluator.weights))) if evaluator.distance.text else [part]
