@@ -96,6 +96,10 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+        # Trainer may look for the folder before the first process made it; under FSDP all must load the same one.
+        best = self.work / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
         if state.is_world_process_zero:
             seal(self.work / f"checkpoint-{state.global_step}")
 
