@@ -157,7 +157,7 @@ def run(way: str, bench: Bench) -> dict[str, Any]:
         counts: Callable[[], tuple[float, float]] = lambda: (plain.evaluations, plain.runs)  # noqa: E731
     else:
         evaluator = bench.evaluator()
-        counts = lambda: (evaluator.evaluations, evaluator.sublayer_runs)  # noqa: E731
+        counts = lambda: (evaluator.evaluations, evaluator.sublayer_runs())  # noqa: E731
     begin, begin_cpu = bench.now(), time.process_time()
 
     def after_step(units: Sequence[str], distance: float) -> None:

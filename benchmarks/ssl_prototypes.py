@@ -49,9 +49,9 @@ def peak_mib() -> float:
 
 def one(file: Path, way: str, k: int, memory_mib: int, scores: Path) -> dict[str, Any]:
     """Scores by one way, in this process."""
+    from prunekit.datasets.arrays import read_rows
     from prunekit.datasets.clusters import fit, nearest
     from prunekit.datasets.metrics._cosine import cosine_distance, unit_length
-    from prunekit.datasets.ranks import read_rows
 
     def blocks() -> Iterator[tuple[int, np.ndarray]]:
         for first, block in read_rows(file):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import ALONE, Ranks
 from prunekit.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ class Observer(Protocol):
     def flush(self) -> None:
         """Ends a batch: every unit was updated once since the last flush."""
 
-    def merge(self, other: Observer) -> None:
-        """Takes in what another observer of this class saw on other data."""
+    def sums(self) -> dict[str, Tensor]:
+        """What it has seen, on the CPU; what two observers saw on other data adds up by key."""
+
+    def merge(self, sums: Mapping[str, Tensor]) -> None:
+        """Takes in the sums of another observer of this class."""
 
     def value(self) -> dict[str, Tensor]:
         """The statistic by key; keys begin with the observer's registry name and a slash."""
@@ -53,9 +57,9 @@ def collect(
     batch: Tensor | Mapping[str, Tensor],
     needs: Iterable[str],
     progress: Progress = NULL_PROGRESS,
-    batch_size: int = 1,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """Statistics of a model on a batch, all from one pass.
+    """Statistics of a model on a batch, all from one pass, a sequence at a time.
 
     Args:
         stack: the model, run sub-layer by sub-layer.
@@ -63,33 +67,33 @@ def collect(
         needs: names of observers, as the `needs` of scores list them. Repeats count once; none gives an empty result
             without running the model.
         progress: shown as sequences.
-        batch_size: sequences run at once.
+        ranks: processes that share the sequences; all of them get the same, bit for bit that of one alone.
     Returns:
         Float32 statistics on the CPU, by the keys that the observers document.
     """
-    observers = observe(stack, batch, needs, progress, batch_size)
+    observers: dict[str, Observer] = {name: OBSERVERS.get(name)() for name in dict.fromkeys(needs)}
+    if not observers:
+        return {}
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    sequences = next(iter(inputs.values())).shape[0]
+    with torch.no_grad(), progress.task("calibrating", total=sequences, unit="sequences") as task:
+        for first in range(0, sequences, ranks.size):
+            row = first + ranks.rank
+            mine = {name: value[row : row + 1] for name, value in inputs.items()}
+            # In the order of the sequences, whoever ran them: sums of floats depend on it.
+            for part in ranks.gather(_seen(stack, mine, tuple(observers)) if row < sequences else {}):
+                for name, observer in observers.items():
+                    begin = f"{name}/"
+                    observer.merge({k.removeprefix(begin): v for k, v in part.items() if k.startswith(begin)})
+            task.advance(min(ranks.size, sequences - first))
     return {key: value for observer in observers.values() for key, value in observer.value().items()}
 
 
-def observe(
-    stack: Stack,
-    batch: Tensor | Mapping[str, Tensor],
-    needs: Iterable[str],
-    progress: Progress = NULL_PROGRESS,
-    batch_size: int = 1,
-) -> dict[str, Observer]:
-    """The observers after the pass, by name, so that several shards of data can be merged; arguments as `collect`."""
-    observers: dict[str, Observer] = {name: OBSERVERS.get(name)() for name in dict.fromkeys(needs)}
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    sequences = next(iter(inputs.values())).shape[0]
-    if not observers:
-        return observers
-    with torch.no_grad(), progress.task("calibrating", total=sequences, unit="sequences") as task:
-        for first in range(0, sequences, batch_size):
-            part = {name: value[first : first + batch_size] for name, value in inputs.items()}
-            _feed(stack, part, observers.values())
-            task.advance(min(batch_size, sequences - first))
-    return observers
+def _seen(stack: Stack, part: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Sums of fresh observers over some inputs, by name of the observer and key."""
+    observers: dict[str, Observer] = {name: OBSERVERS.get(name)() for name in names}
+    _feed(stack, part, observers.values())
+    return {f"{name}/{key}": value for name, observer in observers.items() for key, value in observer.sums().items()}
 
 
 def _feed(stack: Stack, part: dict[str, Tensor], observers: Iterable[Observer]) -> None:

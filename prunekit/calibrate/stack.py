@@ -148,6 +148,27 @@ class Stack:
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def projecting(self, i: int, channels: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+        """While open, the output projection of `addresses[i]` is another one, on some channels of its input.
+
+        Args:
+            channels: int64 [width].
+            weight: [hidden, width].
+            bias: [hidden], or None.
+        """
+        number, kind = self._units[i]
+
+        def replaced(module: Any, given: Any, found: Tensor) -> Tensor:
+            x = given[0][..., channels.to(found.device)]
+            return torch.nn.functional.linear(x, weight.to(found), None if bias is None else bias.to(found))
+
+        hook = output_projection(self._blocks[number], kind).register_forward_hook(replaced)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def finish(self, hidden: Tensor, state: State) -> Tensor:
         """The model's own end on what leaves the last block: logits, or the last hidden state of a model without them.
 

@@ -45,7 +45,7 @@ def heal(
 
     The folder is only read. A killed run goes on where it was when the same command is given again.
 
-    Several devices: torchrun --nproc-per-node 4 -m prunekit.cli.main heal out/cut --output out/healed
+    Several devices: torchrun --nproc-per-node 4 -m prunekit heal out/cut --output out/healed
     """
     from rich.console import Group
     from rich.text import Text

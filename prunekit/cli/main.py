@@ -7,7 +7,9 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +18,12 @@ import typer
 
 from prunekit.cli import _errors
 from prunekit.core.errors import PrunekitError, UsageError
+from prunekit.core.ranks import ALONE, Ranks, joined
 
 _FOLDER = Path(__file__).parent
 _NOT_VERBS = {"main", "docs"}
+# Commands that share their work where a launcher starts several processes.
+_SHARED = ("prune", "plan", "score", "heal", "data score")
 # The order in which a person meets them; verbs not named here follow by alphabet.
 _ORDER = (
     "prune",
@@ -85,43 +90,100 @@ def build(load: Collection[str]) -> typer.Typer:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
+    Of several processes that a launcher started, all return the same and the first one prints.
+
     Args:
         argv: arguments without the program's name; None takes the process's own.
     Returns:
         0 done, 1 failed, 2 wrong usage or recipe, 3 an expectation missed, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    known, end = verbs(), words.index("--") if "--" in words else len(words)
-    verb = next((word for word in words[:end] if not word.startswith("-")), None)
-    debug, as_json = "--debug" in words[:end], "--json" in words[:end]
-    # Allowed anywhere, so that it can be put behind the command that just failed.
-    words = [word for place, word in enumerate(words) if word != "--debug" or place > end]
+    end = words.index("--") if "--" in words else len(words)
+    called = _Called(
+        # Allowed anywhere, so that it can be put behind the command that just failed.
+        words=[word for place, word in enumerate(words) if word != "--debug" or place > end],
+        verb=next((word for word in words[:end] if not word.startswith("-")), None),
+        debug="--debug" in words[:end],
+        json="--json" in words[:end],
+    )
     try:
-        if verb is not None and verb not in known and not _completing() and "completion" not in words[0]:
-            raise _no_verb(verb, known)
-        app = build([name for name in known if name in (*words, *_completing())])
-        code = app(args=words, prog_name="prunekit", standalone_mode=False)
-        # Typer answers an interruption by this code, by Abort, or not at all, by version and place.
-        if code == 130:
-            raise KeyboardInterrupt
-        return code if isinstance(code, int) else 0
+        with joined() as ranks:
+            return _carried_out(called, ranks)
+    except PrunekitError as error:
+        return _failed(error, called, ALONE, error.exit_code)
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A command line.
+
+    Args:
+        words: without `--debug`.
+        verb: None where there is none.
+        debug: whether tracebacks are wanted.
+        json: whether results are.
+    """
+
+    words: list[str]
+    verb: str | None
+    debug: bool
+    json: bool
+
+
+def _carried_out(called: _Called, ranks: Ranks) -> int:
+    try:
+        with _silent() if not ranks.first else nullcontext():
+            code = _run(called, ranks)
+            ranks.wait()
+        return code
     except (KeyboardInterrupt, typer.Abort):
         # Caught inside a string that was being executed (dataclasses are made so), an interruption makes CPython end by
         # the signal whatever is returned here; executing another string clears that.
         exec("")
-        sys.stderr.write("\n")
-        _errors.show(_interrupted(), as_json=as_json)
-        return 130
+        sys.stderr.write("\n" * ranks.first)
+        return _failed(_interrupted(), called, ranks, 130)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        if debug:
+        if called.debug:
             import traceback
 
             traceback.print_exc()
-        shown = _readable(error, verb)
-        _errors.show(shown, as_json=as_json)
-        return shown.exit_code
+        shown = _readable(error, called.verb)
+        return _failed(shown, called, ranks, shown.exit_code)
+
+
+def _run(called: _Called, ranks: Ranks) -> int:
+    known, verb, words = verbs(), called.verb, called.words
+    if verb is not None and verb not in known and not _completing() and "completion" not in words[0]:
+        raise _no_verb(verb, known)
+    spoken = " ".join([word for word in words if not word.startswith("-")][: 2 if verb == "data" else 1])
+    if ranks.size > 1 and spoken and spoken not in _SHARED:
+        raise UsageError(
+            f"`prunekit {spoken}` runs in one process",
+            why=f"{ranks.size} were started",
+            hint=f"start it without a launcher; these share their work: {', '.join(_SHARED)}",
+        )
+    app = build([name for name in known if name in (*words, *_completing())])
+    code = app(args=words, prog_name="prunekit", standalone_mode=False)
+    # Typer answers an interruption by this code, by Abort, or not at all, by version and place.
+    if code == 130:
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _failed(error: PrunekitError, called: _Called, ranks: Ranks, exit_code: int) -> int:
+    """Shows an error, unless another rank has shown what was first, and gives the exit code of the run."""
+    before = ranks.failed(exit_code)
+    if before is None:
+        _errors.show(error, as_json=called.json)
+    return exit_code if before is None else before
 
 
 def _readable(error: Exception, verb: str | None) -> PrunekitError:

@@ -158,10 +158,11 @@ def _show(
 
 def _write(out: Output, view: ModelView, cuts: Plan, file: Path | None, to: str, model: str) -> None:
     from prunekit.core.files import write_text
+    from prunekit.core.ranks import is_first_rank
     from prunekit.plan.interchange import plan_text
     from prunekit.plan.layer_formats import decilm_notes
 
-    if file is None:
+    if file is None or not is_first_rank():
         return
     write_text(file, plan_text(view, cuts, to, model))
     if to == "block_configs":

@@ -122,6 +122,8 @@ def _run(recipe: Recipe, output: Path, overwrite: bool, out: Output) -> None:
 
     with out.progress() as progress:
         result = pipeline.run(recipe, output, overwrite=overwrite, progress=progress, talk=out.talk)
+    if result is None:
+        return
     data = result.to_json()
     rows = [Row.from_json(row) for row in data["layer_map"]]
     shown = outcome(

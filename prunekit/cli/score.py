@@ -43,6 +43,7 @@ def score(
     from prunekit.cli._files import require_free
     from prunekit.cli.prune import by
     from prunekit.core.files import write_json
+    from prunekit.core.ranks import is_first_rank
     from prunekit.core.recipe import parse_recipe
 
     if output is not None:
@@ -60,7 +61,7 @@ def score(
         found = pipeline.make_plan(recipe, progress=progress, talk=out.talk).orders
     data = {"method": method, "kind": kind, "results": [part.to_json() for part in found]}
     out.result(_table(method, found), data)
-    if output is not None:
+    if output is not None and is_first_rank():
         write_json(output, data)
         out.written(output)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from prunekit.datasets.arrays import read_rows
 from prunekit.datasets.clusters import fit, nearest
-from prunekit.datasets.ranks import read_rows
 
 # Up to here all pairs are compared; beyond, those inside a cluster, and pairs across clusters are missed.
 EXACT = 20_000

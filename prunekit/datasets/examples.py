@@ -14,7 +14,8 @@ import numpy as np
 from prunekit.checkpoint.cache import cache_folder
 from prunekit.core.errors import EvaluationError, UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
-from prunekit.datasets.ranks import Ranks, read_rows, shared_array
+from prunekit.core.ranks import Ranks
+from prunekit.datasets.arrays import read_rows, shared_array
 from prunekit.datasets.source import Source, class_counts
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from prunekit.core.errors import UsageError
-from prunekit.datasets.ranks import shared_array
+from prunekit.datasets.arrays import shared_array
 from prunekit.datasets.training import Head, Learner
 from prunekit.modeling.quiet import quiet
 

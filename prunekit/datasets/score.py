@@ -16,10 +16,10 @@ import numpy as np
 from prunekit.core.errors import EvaluationError, UsageError
 from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import joined
 from prunekit.core.registry import METRICS
 from prunekit.datasets.encoder import encoder
 from prunekit.datasets.examples import Examples, Settings
-from prunekit.datasets.ranks import joined
 from prunekit.datasets.source import Reading, Source, open_source
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from prunekit.core.progress import NULL_PROGRESS, Progress
-from prunekit.datasets.ranks import Ranks, alone
+from prunekit.core.ranks import Ranks, alone
 from prunekit.modeling.quiet import quiet
 
 _EVAL = 512

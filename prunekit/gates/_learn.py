@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from prunekit.checkpoint.reader import Checkpoint
+from prunekit.core.ranks import is_first_rank, place
 from prunekit.core.registry import GATES
 from prunekit.gates._costs import Costs
 from prunekit.gates._places import Place, places_of
 from prunekit.gates._select import Chooser
-from prunekit.heal.scene import Scene, is_first_rank, place
+from prunekit.heal.scene import Scene
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +156,7 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
         open_work(work, {**settings, **digests})
     try:
         with quiet():
-            told = train(model, objective, data, scene, work, course)
+            told, _ = train(model, objective, data, scene, work, course)
     except BaseException:
         if is_first_rank() and not sealed(work):
             shutil.rmtree(work, ignore_errors=True)

@@ -49,7 +49,8 @@ def open_work(work: Path, facts: dict[str, Any]) -> None:
 
 def seal(checkpoint: Path) -> None:
     """Marks a checkpoint as whole."""
-    files = {file.name: sha256_file(file) for file in sorted(checkpoint.iterdir()) if file.name != _SEAL}
+    found = sorted(file.relative_to(checkpoint) for file in checkpoint.rglob("*") if file.is_file())
+    files = {name.as_posix(): sha256_file(checkpoint / name) for name in found if name.name != _SEAL}
     write_json(checkpoint / _SEAL, files)
 
 
@@ -71,7 +72,7 @@ def latest(work: Path) -> Path | None:
     checkpoint = whole[-1]
     try:
         digests = json.loads((checkpoint / _SEAL).read_text("utf-8"))
-        bad = [n for n, digest in digests.items() if Path(n).name != n or sha256_file(checkpoint / n) != digest]
+        bad = [n for n, digest in digests.items() if _outside(n) or sha256_file(checkpoint / n) != digest]
     except (OSError, ValueError, AttributeError) as error:
         bad = [str(error)]
     if bad:
@@ -81,6 +82,10 @@ def latest(work: Path) -> Path | None:
             hint=f"delete {instead}",
         )  # fmt: skip
     return checkpoint
+
+
+def _outside(name: str) -> bool:
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def drop_unfinished(work: Path) -> None:

@@ -16,9 +16,11 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from prunekit.core.errors import HealError, UsageError
+from prunekit.core.ranks import is_first_rank, started
+from prunekit.heal import _shards
 from prunekit.heal._checkpoints import drop_unfinished, latest, seal, sealed
 from prunekit.heal._data import Data
-from prunekit.heal.scene import Objective, Scene, is_first_rank, ranks
+from prunekit.heal.scene import Objective, Scene
 
 if TYPE_CHECKING:
     from prunekit.core.progress import Task
@@ -121,6 +123,10 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+        # Trainer may look for the folder before the first process made it; under FSDP all must load the same one.
+        best = self.work / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
         if state.is_world_process_zero:
             seal(self.work / f"checkpoint-{state.global_step}")
 
@@ -141,7 +147,7 @@ class _Watch(TrainerCallback):
 
 def train(
     model: Any, objective: Objective, data: Data, scene: Scene, work: Path, course: Course = _HEALING
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """Trains a model in place, on from the last checkpoint where there is one.
 
     Args:
@@ -153,7 +159,8 @@ def train(
         course: what is trained at which rate.
     Returns:
         `steps_done`, `stopped_by` (steps, minutes, patience), `loss` of the last step, and where something is held out
-        its loss `held_out_before` and `held_out_after`, with `best_step`.
+        its loss `held_out_before` and `held_out_after`, with `best_step`. Under FSDP, which leaves every process a part
+        of the model, also its values by name, on the CPU of the first process.
     Raises:
         HealError: if the loss is not a number, or the checkpoint is damaged.
     """
@@ -183,21 +190,20 @@ def train(
             optimizers=(own, None),
         )
         trainer.remove_callback(PrinterCallback)
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            why = "each process must hold the whole model"
-            raise UsageError("healing under FSDP or DeepSpeed is not possible", why=why, hint="use torchrun alone")
+        _shards.check(trainer)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         # Mixed precision would stay with the model's forward.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    return _told(trainer.state, watch, asked.steps)
+    return _told(trainer.state, watch, asked.steps), state
 
 
 def _arguments(scene: Scene, data: Data, work: Path, *, begins: bool) -> TrainingArguments:
     asked = scene.asked
-    shares = asked.accumulate * ranks()
+    shares = asked.accumulate * started()
     at_once = asked.batch // shares
     if at_once * shares != asked.batch:
-        parts = f"{ranks()} processes of {asked.accumulate} passes"
+        parts = f"{started()} processes of {asked.accumulate} passes"
         raise UsageError(
             f"`{asked.section}.batch: {asked.batch}` cannot be split over {parts}",
             hint=f"use a multiple of {shares}",

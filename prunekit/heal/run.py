@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import is_first_rank, place
 from prunekit.core.registry import HEALS
-from prunekit.heal.scene import Scene, is_first_rank, place
+from prunekit.heal.scene import Scene
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_heal import Heal, Training
@@ -82,11 +83,13 @@ def heal(scene: Scene, work: Path) -> Healed:
     Args:
         scene: what is healed, by what, how.
         work: folder for checkpoints. A killed run goes on from there; it is the caller's to delete.
+    Returns:
+        Of several processes the first one's holds the whole model.
     Raises:
         HealError: where training cannot go on.
         UsageError: where the data or the method does not fit the model.
     """
-    from prunekit.heal import _lora
+    from prunekit.heal import _lora, _shards
     from prunekit.heal._checkpoints import open_work, sealed
     from prunekit.heal._data import gather
     from prunekit.heal._loop import train
@@ -96,7 +99,12 @@ def heal(scene: Scene, work: Path) -> Healed:
 
     asked = cast("Heal", scene.asked)
     checkpoint = Checkpoint.open(scene.student)
-    model = load_model(scene.student, "float32", place(scene.device), scene.trust_remote_code)
+
+    def load(device: str) -> Any:
+        return load_model(scene.student, "float32", device, scene.trust_remote_code)
+
+    # FSDP takes each process's part from the CPU.
+    model = load("cpu" if _shards.wanted() else place(scene.device))
     names = names_of(model, checkpoint)
     data = gather(scene)
     method = HEALS.get(asked.method)(**asked.knobs)
@@ -110,15 +118,21 @@ def heal(scene: Scene, work: Path) -> Healed:
     try:
         with quiet():
             trained = _lora.adapted(model, asked) if asked.train == "lora" else model
-            told = train(trained, objective, data, scene, work)
+            told, state = train(trained, objective, data, scene, work)
     except BaseException:
         if is_first_rank() and not sealed(work):
             shutil.rmtree(work, ignore_errors=True)
         raise
     if told.get("held_out_after", 0.0) > told.get("held_out_before", 0.0):
         scene.talk("the held-out loss is worse than before training: a lower `heal.lr` or more steps may help")
-    model = _lora.merged(trained) if asked.train == "lora" else model
-    round_as_stored(model, checkpoint, names)
+    if state is not None and is_first_rank():
+        with _shards.whole():
+            model = load("cpu")
+        trained = _lora.adapted(model, asked) if asked.train == "lora" else model
+        _shards.load(trained, state)
+    if state is None or is_first_rank():
+        model = _lora.merged(trained) if asked.train == "lora" else model
+        round_as_stored(model, checkpoint, names)
     length = next(iter(data.inputs.values())).shape[1]
     about = {
         **settings,

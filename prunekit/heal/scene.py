@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,21 +90,6 @@ class Scene:
     def cached(self, kind: str, key: str) -> Path:
         """Where something that the teacher said lies, by its digest."""
         return cache_folder(self.cache) / "heal" / f"{kind}-{key[:24]}"
-
-
-def ranks() -> int:
-    """Processes that train together, as torchrun or accelerate started them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_rank() -> bool:
-    """Whether this process writes; of several the first does."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def place(device: str) -> str:
-    """The device of this process, of a kind: `cuda` is `cuda:1` for the second process of a host."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
 
 
 class Objective(Protocol):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import ExportError
 from prunekit.core.files import atomic_folder, require_free_folder, sha256_files, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import is_first_rank, require_one_process
 from prunekit.pipeline import learning
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.costs import onnx_device, pass_times
@@ -21,7 +22,6 @@ from prunekit.pipeline.healing import (
     check_healing,
     healed_in_place,
     notes_of,
-    require_one_process,
     scene_of,
     work_folder,
 )
@@ -94,7 +94,7 @@ class Result:
 
 def run(
     recipe: Recipe, output: Path, overwrite: bool = False, progress: Progress = NULL_PROGRESS, talk: Talk = silent
-) -> Result:
+) -> Result | None:
     """Carries out a recipe.
 
     Args:
@@ -104,6 +104,8 @@ def run(
         overwrite: replace a model folder that is there.
         progress: bars.
         talk: told in a line what happens now.
+    Returns:
+        None in all processes of a group but the first: they choose with it, and it does the rest.
     Raises:
         PrunekitError: of the kind that fits; nothing is left behind then. A missed expectation is no exception.
     """
@@ -111,6 +113,8 @@ def run(
     _check_first(recipe, output, overwrite)
     made = make_plan(recipe, progress, talk, learning.work_folder(output))
     clock.lap("plan")
+    if not is_first_rank():
+        return None
     _require_formats(recipe, made.view, made.plan)
     check_evaluation(made.view, recipe)
     if recipe.repair is not None:
@@ -141,9 +145,8 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
     from prunekit.evaluate.run import check
     from prunekit.structure.view import ModelView
 
-    for part in (recipe.learn, recipe.heal):
-        if part is not None:
-            require_one_process(part.section)
+    if recipe.heal is not None:
+        require_one_process("heal")
     require_free_folder(output, overwrite)
     device_of(recipe)
     view = ModelView.open(resolve(recipe.model.source, recipe.model.revision).folder)

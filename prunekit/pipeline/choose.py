@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.checkpoint.sources import ResolvedSource, resolve
 from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import ALONE, Ranks, joined, place, require_one_process
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
 from prunekit.core.types import Order, OrderStep, Scores
 from prunekit.pipeline.costs import costs_of
@@ -80,7 +81,7 @@ class Made:
 def make_plan(
     recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = silent, work: Path | None = None
 ) -> Made:
-    """What a recipe removes, without writing a weight.
+    """What a recipe removes, without writing a weight; the same in every rank, and for any number of them.
 
     Args:
         recipe: which model, what goes and who chooses.
@@ -95,15 +96,22 @@ def make_plan(
     for step in recipe.steps:
         view.groups(step.remove)
     rehearse(recipe, view)
+    if recipe.learn is not None:
+        require_one_process("learn")
+    if any(step.budget.latency_ms is not None for step in recipe.steps):
+        require_one_process("latency_ms")
     table = costs_of(recipe, view, device_of(recipe), progress, talk)
     check_learning(view, recipe)
     plan, orders = Plan.make(view), []
-    for number, step in enumerate(recipe.steps, 1):
-        talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
-        with Bench(recipe, view, plan, progress, table) as bench:
-            cuts, found = _choose(obedient(recipe, step, view, plan), bench)
-        plan = plan.then(view, cuts)
-        orders.append(found)
+    with joined() as ranks:
+        for number, step in enumerate(recipe.steps, 1):
+            talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
+            with Bench(recipe, view, plan, progress, table, ranks) as bench:
+                cuts, found = _choose(obedient(recipe, step, view, plan), bench)
+            plan = plan.then(view, cuts)
+            orders.append(found)
+        # Nothing is written before every rank has checked that it may be.
+        ranks.wait()
     learned = None
     if recipe.learn is not None:
         talk(f"learning masks by {recipe.learn.method}")
@@ -140,12 +148,20 @@ class Bench:
         plan: cuts of earlier steps.
         progress: bars.
         table: what latency budgets are reckoned by; None without one.
+        ranks: processes that choose together.
     """
 
     def __init__(
-        self, recipe: Recipe, source: ModelView, plan: Plan, progress: Progress, table: CostTable | None = None
+        self,
+        recipe: Recipe,
+        source: ModelView,
+        plan: Plan,
+        progress: Progress,
+        table: CostTable | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.recipe, self.source, self.plan, self.progress, self.table = recipe, source, plan, progress, table
+        self.recipe, self.source, self.plan, self.progress = recipe, source, plan, progress
+        self.table, self.ranks = table, ranks
         self.view = after(source, plan)
         self._open = ExitStack()
 
@@ -159,8 +175,9 @@ class Bench:
     def batch(self) -> Mapping[str, Tensor]:
         """Calibration inputs; made before the model is loaded, so that missing data costs nothing."""
         calibrate, tokenizer = self.recipe.calibrate, tokenizer_for(self.source, self.recipe)
-        if calibrate.select is not None:
-            return selected_batch(self.source, tokenizer, self.recipe, calibrate.select)
+        select = calibrate.select
+        if select is not None:
+            return self.ranks.of_first(lambda: selected_batch(self.source, tokenizer, self.recipe, select))
         return model_batch(self.source, tokenizer, calibrate, calibrate.seed)
 
     @cached_property
@@ -184,7 +201,7 @@ class Bench:
 
         device = device_of(self.recipe)
         dtype = dtype_of(self.recipe, self.source, device)
-        return Stack(load_model(self.folder, dtype, device, self.recipe.model.trust_remote_code))
+        return Stack(load_model(self.folder, dtype, place(device), self.recipe.model.trust_remote_code))
 
 
 def _choose(step: Step, bench: Bench) -> tuple[Plan, Scores | Order]:
@@ -217,7 +234,7 @@ def _statistics(needs: tuple[str, ...], bench: Bench) -> dict[str, Tensor]:
     from prunekit.calibrate.collect import collect
 
     batch = bench.batch
-    return collect(bench.stack, batch, needs, bench.progress)
+    return collect(bench.stack, batch, needs, bench.progress, bench.ranks)
 
 
 def _require_numbers(step: Step, scored: list[Scored]) -> None:
@@ -302,7 +319,7 @@ def _evaluator(bench: Bench, safe: frozenset[str], costs: UnitCost) -> Any:
 
     batch = bench.batch
     known = bench.table is not None
-    return Evaluator(bench.stack, batch, costs, safe, latency_known=known)
+    return Evaluator(bench.stack, batch, costs, safe, latency_known=known, ranks=bench.ranks)
 
 
 class _Shapes:

@@ -16,9 +16,10 @@ from prunekit.checkpoint.sources import resolve
 from prunekit.core.errors import ExportError, PrunekitError, UsageError
 from prunekit.core.files import atomic_folder, require_free_folder, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import is_first_rank
 from prunekit.core.recipe import Recipe, parse_recipe
 from prunekit.heal.run import Healed, heal
-from prunekit.heal.scene import Scene, is_first_rank, require_same_vocabulary
+from prunekit.heal.scene import Scene, require_same_vocabulary
 from prunekit.modeling.load import load_tokenizer
 from prunekit.pipeline.carry_out import MANIFEST, RECIPE
 from prunekit.pipeline.choose import Talk, silent

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
+from prunekit.core.ranks import place
+from prunekit.heal._shards import whole
 from prunekit.heal.run import Healed, check, heal
-from prunekit.heal.scene import Scene, matches, place, ranks
+from prunekit.heal.scene import Scene, matches
 from prunekit.modeling.load import load_model, load_tokenizer, to_float64
 from prunekit.pipeline.choose import Talk, silent
 from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
@@ -26,22 +28,6 @@ if TYPE_CHECKING:
 # A reference in float64 takes 8 bytes a parameter; above this the check in fresh processes goes without one.
 REFERENCE_PARAMS = 400_000_000
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-
-
-def require_one_process(section: str) -> None:
-    """Fails where several processes would write the same folder.
-
-    Args:
-        section: of the recipe that trains.
-    Raises:
-        UsageError: if torchrun or accelerate started more than one.
-    """
-    if ranks() > 1:
-        raise UsageError(
-            f"a recipe with `{section}` runs in one process",
-            why=f"{ranks()} were started",
-            hint="prune without `heal` first, then start `prunekit heal` on many" if section == "heal" else "",
-        )
 
 
 def work_folder(output: Path) -> Path:
@@ -116,7 +102,8 @@ def scene_of(
     def load_teacher() -> Any:
         if dense is not None and str(dense.dtype) == f"torch.{asked.dtype}":
             return dense
-        return load_model(folder, asked.dtype, place(device), trusted)
+        with whole():
+            return load_model(folder, asked.dtype, place(device), trusted)
 
     return Scene(
         asked=asked,

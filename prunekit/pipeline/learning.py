@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
-from prunekit.heal.scene import Scene, place
+from prunekit.core.ranks import place
+from prunekit.heal.scene import Scene
 from prunekit.modeling.load import load_model
 from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
 from prunekit.plan.cost import sublayer_cost

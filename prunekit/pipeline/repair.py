@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from prunekit.checkpoint.reader import torch_dtypes
-from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.registry import REPAIRS
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, tokenizer_for
@@ -59,16 +58,11 @@ def repair_inputs(recipe: Recipe, view: ModelView) -> dict[str, Tensor]:
 
     Raises:
         UsageError: where the data does not do.
-        PlanError: where the family's sub-layers end in a norm, which no repair undoes.
+        PlanError: where the method does not go with the family or with what is removed.
     """
     if recipe.repair is None:
         return {}
-    if view.norm == "post":
-        raise PlanError(
-            f"`repair: {recipe.repair.method}` does not go with `{view.model_type}`",
-            why="a norm follows each sum, so what is missing is not a matter of the last matrix",
-            hint="leave `repair` out",
-        )
+    REPAIRS.get(recipe.repair.method).require(view, [step.remove for step in recipe.steps])
     asked = recipe.repair.calibrate
     return model_batch(view, tokenizer_for(view, recipe), asked, asked.seed)
 

@@ -1,8 +1,8 @@
-"""The pass behind least squares: two residual streams side by side, one regression a sub-layer."""
+"""The pass behind regressions: two residual streams side by side, one regression a sub-layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,25 @@ class Repaired:
     error: float
 
 
+# Inputs [rows, channels] and what is to be added [rows, hidden], a part of the data each.
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How output projections are fitted.
+
+    Args:
+        name: registry name of the method.
+        solve: new projection from the pairs and the dense weight [hidden, channels that stay] and bias.
+        everywhere: every projection from the first cut on, not only those right before what was removed.
+    """
+
+    name: str
+    solve: Callable[[Pairs, Tensor, Tensor | None], Projection]
+    everywhere: bool = True
+
+
 @dataclass
 class _Streams:
     """Residual streams of the dense and of the repaired model, a part of the data each."""
@@ -59,10 +78,10 @@ def fit(
     inputs: Mapping[str, Tensor],
     drop: frozenset[str],
     kept: Mapping[str, Tensor],
-    ridge: float,
+    solver: Solver,
     progress: Progress = NULL_PROGRESS,
 ) -> Repaired:
-    """Fits output projections in execution order; arguments as for `LeastSquares.fit`."""
+    """Fits output projections in execution order; other arguments as for `LeastSquares.fit`."""
     with torch.no_grad():
         states = [stack.enter(part) for part in _parts(inputs)]
         streams = _Streams(states, [state.hidden for state in states])
@@ -80,7 +99,10 @@ def fit(
                 if same:
                     streams.cut = list(streams.dense)
                 elif addresses[i] not in drop:
-                    found[addresses[i]] = _repair(stack, i, streams, kept.get(addresses[i]), ridge)
+                    fitted = solver if solver.everywhere or end > i + 1 else None
+                    new = _repaired(stack, i, streams, kept.get(addresses[i]), fitted)
+                    if new is not None:
+                        found[addresses[i]] = new
                 task.advance(end - i)
                 i = end
         return Repaired(found, _error(streams))
@@ -96,24 +118,28 @@ def _parts(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     ]
 
 
-def _repair(stack: Stack, i: int, streams: _Streams, kept: Tensor | None, ridge: float) -> Projection:
-    """Fits one projection and moves the cut model's stream behind it."""
-    entering = _entering(stack, i, streams, kept)
+def _repaired(stack: Stack, i: int, streams: _Streams, kept: Tensor | None, solver: Solver | None) -> Projection | None:
+    """Fits one projection, or leaves it as it is, and moves the cut model's stream behind it."""
+    if solver is None and kept is None:
+        streams.cut = [stack.run(i, hidden, state) for hidden, state in zip(streams.cut, streams.states, strict=True)]
+        return None
+    entering = _entering(stack, i, streams, kept, solver)
     weight, bias = stack.projection(i)
     weight = weight if kept is None else weight[:, kept.to(weight.device)]
-    pairs = [
-        (_rows(x, state), _rows(target - hidden, state))
-        for x, hidden, target, state in zip(entering, streams.cut, streams.dense, streams.states, strict=True)
-    ]
-    fitted = _regression(pairs, weight, bias is not None, ridge)
-    new = Projection(fitted[0], fitted[1])
-    matrix = new.weight.to(weight)
-    added = [x @ matrix.T if new.bias is None else x @ matrix.T + new.bias.to(weight) for x in entering]
+    new = None
+    if solver is not None:
+        pairs = [
+            (_rows(x, state), _rows(target - hidden, state))
+            for x, hidden, target, state in zip(entering, streams.cut, streams.dense, streams.states, strict=True)
+        ]
+        new = solver.solve(pairs, weight, bias)
+        weight, bias = new.weight.to(weight), None if new.bias is None else new.bias.to(weight)
+    added = [x @ weight.T if bias is None else x @ weight.T + bias for x in entering]
     streams.cut = [hidden + part for hidden, part in zip(streams.cut, added, strict=True)]
     return new
 
 
-def _entering(stack: Stack, i: int, streams: _Streams, kept: Tensor | None) -> list[Tensor]:
+def _entering(stack: Stack, i: int, streams: _Streams, kept: Tensor | None, solver: Solver | None) -> list[Tensor]:
     """What enters the projection in the cut model, the channels that stay [sequences, tokens, channels]."""
     found: list[Tensor] = []
     left: list[Tensor] = []
@@ -125,15 +151,16 @@ def _entering(stack: Stack, i: int, streams: _Streams, kept: Tensor | None) -> l
     with stack.projections(seen):
         for hidden, state in zip(streams.cut, streams.states, strict=True):
             after = stack.run(i, hidden, state)
-            _require_additive(stack.addresses[i], after - hidden, left.pop())
+            if solver is not None:
+                _require_additive(solver, stack.addresses[i], after - hidden, left.pop())
     return found
 
 
-def _require_additive(address: str, added: Tensor, leaving: Tensor) -> None:
+def _require_additive(solver: Solver, address: str, added: Tensor, leaving: Tensor) -> None:
     scale = float(added.abs().max())
     if float((added - leaving).abs().max()) > _ADDITIVE * scale:
         raise PlanError(
-            f"`{address}` cannot be repaired by least squares",
+            f"`{address}` cannot be repaired by {solver.name}",
             why="what it adds to the residual stream is not the output of its last matrix: a norm or a scale follows",
             hint="leave `repair` out",
         )
@@ -143,14 +170,23 @@ def _rows(values: Tensor, state: State) -> Tensor:
     return values.flatten(0, -2) if state.mask is None else values[state.mask]
 
 
-def _regression(
-    pairs: Sequence[tuple[Tensor, Tensor]], weight: Tensor, with_bias: bool, ridge: float
-) -> tuple[Tensor, Tensor | None]:
+def _error(streams: _Streams) -> float:
+    pairs = [
+        (_rows(cut, state), _rows(dense, state))
+        for cut, dense, state in zip(streams.cut, streams.dense, streams.states, strict=True)
+    ]
+    difference = sum(float((cut.float() - dense.float()).square().sum()) for cut, dense in pairs)
+    return difference / sum(float(dense.float().square().sum()) for _, dense in pairs)
+
+
+def held_regression(pairs: Pairs, weight: Tensor, with_bias: bool, ridge: float) -> Projection:
     """Weights and bias that map inputs to what is to be added, held to the dense weights.
 
     Args:
         pairs: inputs [rows, channels] and what is to be added [rows, hidden].
-        weight: of the dense model [hidden, channels].
+        weight: what weights are held to [hidden, channels].
+        with_bias: whether there is a bias; it is not held to anything.
+        ridge: how strongly weights are held, in mean squares of the inputs.
     """
     channels, wide = weight.shape[1], {"dtype": torch.float64, "device": weight.device}
     gram, cross = torch.zeros(channels, channels, **wide), torch.zeros(channels, weight.shape[0], **wide)
@@ -167,13 +203,33 @@ def _regression(
     gram.diagonal().add_(hold)
     found = torch.linalg.solve(gram, cross + hold * weight.T.double()).T
     bias = mean_y - found @ mean_x if with_bias else None
-    return found.float().cpu(), None if bias is None else bias.float().cpu()
+    return Projection(found.float().cpu(), None if bias is None else bias.float().cpu())
 
 
-def _error(streams: _Streams) -> float:
-    pairs = [
-        (_rows(cut, state), _rows(dense, state))
-        for cut, dense, state in zip(streams.cut, streams.dense, streams.states, strict=True)
-    ]
-    difference = sum(float((cut.float() - dense.float()).square().sum()) for cut, dense in pairs)
-    return difference / sum(float(dense.float().square().sum()) for _, dense in pairs)
+def error_of(
+    stack: Stack,
+    inputs: Mapping[str, Tensor],
+    drop: frozenset[str],
+    kept: Mapping[str, Tensor],
+    projections: Mapping[str, Projection],
+) -> float:
+    """`Repaired.error` of projections that were found without the two streams; norms may follow the sums."""
+    streams = _Streams([], [])
+    with torch.no_grad():
+        for part in _parts(inputs):
+            state = stack.enter(part)
+            dense = cut = state.hidden
+            for i, address in enumerate(stack.addresses):
+                dense = stack.run(i, dense, state)
+                if address in drop:
+                    continue
+                channels, new = kept.get(address), projections.get(address)
+                if new is None or channels is None:
+                    cut = stack.run(i, cut, state)
+                    continue
+                with stack.projecting(i, channels, new.weight, new.bias):
+                    cut = stack.run(i, cut, state)
+            streams.states.append(state)
+            streams.dense.append(dense)
+            streams.cut.append(cut)
+    return _error(streams)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict, Field
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from prunekit.calibrate.stack import Stack
     from prunekit.repair._fit import Repaired
+    from prunekit.structure.view import ModelView
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -48,6 +49,20 @@ class LeastSquares:
     status: ClassVar[str] = "preview"
     example: ClassVar[dict[str, Any]] = {"ridge": 0.3}
 
+    @staticmethod
+    def require(view: ModelView, kinds: Collection[str]) -> None:
+        """Fails before any work where the family cannot be repaired so.
+
+        Args:
+            view: the dense model.
+            kinds: kinds of unit that the recipe removes.
+        Raises:
+            PlanError: where the family's sub-layers end in a norm.
+        """
+        from prunekit.repair._require import require_pre_norm
+
+        require_pre_norm(view, "least_squares")
+
     def fit(
         self,
         stack: Stack,
@@ -67,6 +82,9 @@ class LeastSquares:
         Raises:
             PlanError: where a sub-layer adds something else to the residual stream than its projection's output.
         """
-        from prunekit.repair._fit import fit
+        from prunekit.repair._fit import Pairs, Projection, Solver, fit, held_regression
 
-        return fit(stack, inputs, drop, kept, self.ridge, progress)
+        def solve(pairs: Pairs, weight: Tensor, bias: Tensor | None) -> Projection:
+            return held_regression(pairs, weight, bias is not None, self.ridge)
+
+        return fit(stack, inputs, drop, kept, Solver("least_squares", solve), progress)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prunekit.calibrate.stack import Stack
 from prunekit.core.errors import EvaluationError, UsageError
+from prunekit.core.ranks import ALONE, Ranks
 from prunekit.search._distances import DISTANCES, Distance
 from prunekit.search._part import Part
 
@@ -32,12 +33,16 @@ _GPU_GROWTH = 7
 _PART_POSITIONS = 128
 _REPEATS = 5
 
+# Sets of removed sub-layers that run together on a part of the data, by its number.
+Work = tuple[int, tuple[frozenset[str], ...]]
+
 
 class Evaluator:
     """Distances between the dense model and cut ones, on calibration data in parts.
 
     Parts are some sequences each, small ones first, so that a search can look at a candidate on little data before it
-    looks on all. The distance on all data is the mean over parts by `weights`.
+    looks on all. The distance on all data is the mean over parts by `weights`. Several ranks share the work: each has
+    the model and the data, what to run is the same for any number of them, and all get the same distances.
 
     Attributes:
         telling: whether outputs are many enough for candidates to be skipped by what they added earlier; they are not
@@ -50,6 +55,7 @@ class Evaluator:
         protected: addresses that stay.
         batch_tokens: tokens run at once at most; None chooses by device and free memory.
         latency_known: whether `cost` knows `latency_ms` too, by a cost table.
+        ranks: processes that search together.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Evaluator:
         protected: frozenset[str] = frozenset(),
         batch_tokens: int | None = None,
         latency_known: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.stack = stack
         self.addresses = stack.addresses
@@ -68,6 +75,8 @@ class Evaluator:
         self.base: tuple[float, ...] = ()
         self.weights: tuple[float, ...] = ()
         self.distance: Distance = DISTANCES["js"]
+        self._ranks = ranks
+        self._known: dict[Work, list[float]] = {}
         self._evaluations = 0.0
         self._advance: Callable[[float], None] = lambda amount: None
         self._cost = cost
@@ -75,7 +84,7 @@ class Evaluator:
         self._latency: dict[str, float] = {}
         device = stack.model.device
         self._cuda = device.type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if self._cuda else 0
+        free = _least_free(device, ranks) if self._cuda else 0
         self._reference_bytes = free // 4 if self._cuda else _CPU_REFERENCE_BYTES
         self._parts = self._split(dict(inputs), free, batch_tokens)
         tokens = [part.tokens for part in self._parts]
@@ -103,13 +112,19 @@ class Evaluator:
 
     @property
     def evaluations(self) -> float:
-        """Cut models evaluated so far; one evaluated on a tenth of the data counts as a tenth."""
+        """Cut models asked for so far; one evaluated on a tenth of the data counts as a tenth."""
         return self._evaluations
 
     @property
+    def ahead(self) -> int:
+        """How many other things to run while one is waited for; 0 for a single process."""
+        return self._ranks.size - 1
+
     def sublayer_runs(self) -> float:
-        """Sub-layers run so far, one on all calibration data counting as one."""
-        return sum(part.runs * share for part, share in zip(self._parts, self._tokens_share, strict=True))
+        """Sub-layers run so far by all ranks, which ask together; one on all calibration data counts as one."""
+        mine = sum(part.runs * share for part, share in zip(self._parts, self._tokens_share, strict=True))
+        told = self._ranks.gather({"runs": torch.tensor(mine, dtype=torch.float64)})
+        return sum(float(part["runs"]) for part in told)
 
     def width(self, part: int) -> int:
         """Candidates that take about as long as one when they are evaluated together."""
@@ -143,6 +158,7 @@ class Evaluator:
             left -= part.begin(chosen, left)
         self.distance = chosen
         self._advance = advance or (lambda amount: None)
+        self._known = {}
         self.removed = frozenset()
         found = [self._on(part, [self.removed]) for part in self._parts]
         if any(math.isnan(float(total[0])) for total, _ in found):
@@ -151,22 +167,64 @@ class Evaluator:
         self.weights = tuple(count / sum(counts) for count in counts)
         self.base = tuple(0.0 for _ in counts)
 
-    def measure(self, sets: Sequence[frozenset[str]], part: int) -> list[float]:
-        """Distances of models without these sub-layers on one part of the data; infinite where outputs overflow."""
-        chosen = self._parts[part]
-        found: list[float] = []
-        group = max(1, self._batch_tokens // chosen.tokens)
-        for first in range(0, len(sets), group):
-            total, count = self._on(chosen, sets[first : first + group])
-            found += [value / count if math.isfinite(value) else math.inf for value in total.tolist()]
-        amount = len(sets) * self._tokens_share[part]
-        self._evaluations += amount
-        self._advance(amount)
+    def measure(
+        self,
+        sets: Sequence[frozenset[str]],
+        part: int,
+        likely: Sequence[tuple[Sequence[frozenset[str]], int]] = (),
+    ) -> list[float]:
+        """Distances of models without these sub-layers on one part of the data; infinite where outputs overflow.
+
+        Args:
+            likely: further sets and parts that may be asked for soon. The other ranks run them meanwhile; what is asked
+                for then is there, and what is not was in vain.
+        """
+        found = self._shared(self._work(sets, part), [work for some, at in likely for work in self._work(some, at)])
+        self._count(len(sets), part)
         return found
 
     def whole(self, sets: Sequence[frozenset[str]]) -> list[tuple[float, ...]]:
         """Distances of models without these sub-layers on every part."""
-        return list(zip(*(self.measure(sets, part) for part in range(len(self._parts))), strict=True))
+        parts = range(len(self._parts))
+        found = self._shared([work for part in parts for work in self._work(sets, part)])
+        for part in parts:
+            self._count(len(sets), part)
+        return list(zip(*(found[part * len(sets) : (part + 1) * len(sets)] for part in parts), strict=True))
+
+    def _work(self, sets: Sequence[frozenset[str]], part: int) -> list[Work]:
+        group = max(1, self._batch_tokens // self._parts[part].tokens)
+        return [(part, tuple(sets[first : first + group])) for first in range(0, len(sets), group)]
+
+    def _shared(self, wanted: Sequence[Work], likely: Sequence[Work] = ()) -> list[float]:
+        """Distances of all that is wanted, run by all ranks in turns together with what is likely wanted next."""
+        new = [work for work in dict.fromkeys((*wanted, *likely)) if work not in self._known]
+        if new:
+            owners = self._owners(new)
+            mine = {f"{n}": self._run(work) for n, work in enumerate(new) if self._ranks.mine(owners[n])}
+            for part in self._ranks.gather(mine):
+                self._known |= {new[int(n)]: values.tolist() for n, values in part.items()}
+        found = {work: self._known.pop(work) for work in dict.fromkeys(wanted)}
+        return [value for work in wanted for value in found[work]]
+
+    def _owners(self, works: Sequence[Work]) -> list[int]:
+        """Rank of each: the largest first, to whoever has least."""
+        sizes = [self._parts[part].tokens * len(sets) for part, sets in works]
+        owners, loads = [0] * len(works), [0] * self._ranks.size
+        for n in sorted(range(len(works)), key=lambda n: -sizes[n]):
+            owners[n] = loads.index(min(loads))
+            loads[owners[n]] += sizes[n]
+        return owners
+
+    def _run(self, work: Work) -> Tensor:
+        """Float64 [sets]."""
+        part, sets = work
+        total, count = self._on(self._parts[part], sets)
+        return torch.where(total.isfinite(), total / count, math.inf).cpu()
+
+    def _count(self, sets: int, part: int) -> None:
+        amount = sets * self._tokens_share[part]
+        self._evaluations += amount
+        self._advance(amount)
 
     def distances(self, candidates: Sequence[tuple[str, ...]]) -> list[float]:
         """Distances on all data when these sub-layers go together with what is removed already."""
@@ -185,6 +243,7 @@ class Evaluator:
         """
         for part in self._parts:
             part.move(removed)
+        self._known = {}
         self.removed = removed
         self.base = tuple(base) if base is not None else self.whole([removed])[0]
 
@@ -220,12 +279,20 @@ class Evaluator:
                 if repeat:
                     times.setdefault(shapes[address], []).append((self._now() - begin) * 1e3)
         part.move(self.removed)
-        return {address: median(times[shape]) for address, shape in shapes.items()}
+        # Clocks differ; the search must not.
+        mine = {address: torch.tensor(median(times[shape]), dtype=torch.float64) for address, shape in shapes.items()}
+        return {address: float(value) for address, value in self._ranks.of_first(lambda: mine).items()}
 
     def _now(self) -> float:
         if self._cuda:
             torch.cuda.synchronize(self.stack.model.device)
         return time.perf_counter()
+
+
+def _least_free(device: torch.device, ranks: Ranks) -> int:
+    """Bytes free on the fullest device, so that all ranks split the data alike."""
+    told = ranks.gather({"free": torch.tensor(torch.cuda.mem_get_info(device)[0])})
+    return min(int(part["free"]) for part in told)
 
 
 def _sizes(sequences: int, least: int, growth: int, most: int) -> list[int]:

@@ -83,19 +83,47 @@ def race(
     heapq.heapify(heap)
     while True:
         bound, first = heap[0]
-        part = len(runners[first].found)
-        if part == parts or bound >= limit:
+        if len(runners[first].found) == parts or bound >= limit:
             return runners[first]
-        together: list[int] = []
-        others: list[tuple[float, int]] = []
-        while heap and len(together) < evaluator.width(part) and len(runners[heap[0][1]].found) < parts:
-            entry = heapq.heappop(heap)
-            if len(runners[entry[1]].found) == part:
-                together.append(entry[1])
-            else:
-                others.append(entry)
-        for i, distance in zip(together, evaluator.measure([runners[i].removed for i in together], part), strict=True):
+        together, part = _next(heap, runners, evaluator)
+        sets = [runners[i].removed for i in together]
+        likely = [(sets, at) for at in _certain(evaluator, part)[1:]] if evaluator.ahead else []
+        likely += _likely(heap, runners, evaluator, limit) if evaluator.ahead else []
+        for i, distance in zip(together, evaluator.measure(sets, part, likely), strict=True):
             runners[i].found.append(distance)
             heapq.heappush(heap, (value(runners[i], runners[i].bound(evaluator)), i))
-        for entry in others:
-            heapq.heappush(heap, entry)
+
+
+def _next(heap: list[tuple[float, int]], runners: Sequence[Runner], evaluator: Evaluator) -> tuple[list[int], int]:
+    """Takes those off the heap that run next, and says on which part of the data."""
+    parts, part = len(evaluator.weights), len(runners[heap[0][1]].found)
+    together: list[int] = []
+    others: list[tuple[float, int]] = []
+    while heap and len(together) < evaluator.width(part) and len(runners[heap[0][1]].found) < parts:
+        entry = heapq.heappop(heap)
+        if len(runners[entry[1]].found) == part:
+            together.append(entry[1])
+        else:
+            others.append(entry)
+    for entry in others:
+        heapq.heappush(heap, entry)
+    return together, part
+
+
+def _likely(
+    heap: Sequence[tuple[float, int]], runners: Sequence[Runner], evaluator: Evaluator, limit: float
+) -> list[tuple[list[frozenset[str]], int]]:
+    """What will be run next if nothing changes the order: all that must be, or as much as other ranks can take."""
+    rest = list(heap)
+    found: list[tuple[list[frozenset[str]], int]] = []
+    while rest and rest[0][0] < limit and (len(found) < evaluator.ahead or rest[0][0] == -math.inf):
+        if len(runners[rest[0][1]].found) == len(evaluator.weights):
+            break
+        together, part = _next(rest, runners, evaluator)
+        found += [([runners[i].removed for i in together], at) for at in _certain(evaluator, part)]
+    return found
+
+
+def _certain(evaluator: Evaluator, part: int) -> list[int]:
+    """Parts that a candidate runs over once it runs over this one."""
+    return list(range(part, len(evaluator.weights))) if evaluator.distance.text else [part]

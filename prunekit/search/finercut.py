@@ -96,7 +96,7 @@ class FinerCut:
             "distance": self.distance,
             "candidates": chosen,
             "evaluations": round(evaluator.evaluations, 1),
-            "sublayer_runs": round(evaluator.sublayer_runs),
+            "sublayer_runs": round(evaluator.sublayer_runs()),
             "swaps": swaps,
         }
         return Order("finercut", tuple(greedy.steps), provenance)

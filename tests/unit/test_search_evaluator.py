@@ -133,11 +133,11 @@ def test_little_memory_gives_the_same(limit: str, monkeypatch: pytest.MonkeyPatc
 def test_a_candidate_runs_from_where_it_differs_on() -> None:
     stack = Stack(tiny_model("llama"))
     found = evaluator(stack, tiny_inputs("llama"))
-    assert found.sublayer_runs == 8
+    assert found.sublayer_runs() == 8
     found.distances([("blocks.2.attention",)])
-    assert found.sublayer_runs == 8 + 3
+    assert found.sublayer_runs() == 8 + 3
     found.distances([("blocks.3.ffn",), ("blocks.0.attention",)])
-    assert found.sublayer_runs == 8 + 3 + 0 + 7
+    assert found.sublayer_runs() == 8 + 3 + 0 + 7
     assert found.evaluations == 3
 
 
@@ -145,12 +145,12 @@ def test_hidden_states_before_a_removal_stay() -> None:
     stack = Stack(tiny_model("llama"))
     found = evaluator(stack, tiny_inputs("llama"))
     found.move(frozenset({"blocks.2.attention"}), found.base)
-    before = found.sublayer_runs
+    before = found.sublayer_runs()
     found.distances([("blocks.1.ffn",)])
-    assert found.sublayer_runs == before + 3
+    assert found.sublayer_runs() == before + 3
     # The FFN of block 2 runs once more for the current model, then that of block 3 is what a candidate leaves out.
     found.distances([("blocks.3.ffn",)])
-    assert found.sublayer_runs == before + 3 + 2
+    assert found.sublayer_runs() == before + 3 + 2
 
 
 def test_a_candidate_runs_again_from_what_went_since_on() -> None:
@@ -159,9 +159,9 @@ def test_a_candidate_runs_again_from_what_went_since_on() -> None:
     gone = frozenset({"blocks.3.attention"})
     found.distances([("blocks.1.ffn",)])
     found.move(gone, found.base)
-    before = found.sublayer_runs
+    before = found.sublayer_runs()
     again = found.distances([("blocks.1.ffn",)])
-    assert found.sublayer_runs == before + 1
+    assert found.sublayer_runs() == before + 1
     assert again == pytest.approx([plain(stack.model, tiny_inputs("llama"), gone | {"blocks.1.ffn"})], rel=1e-9)
 
 

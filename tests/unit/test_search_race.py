@@ -21,6 +21,7 @@ class Table:
 
     weights = (0.25, 0.75)
     distance = DISTANCES["kl"]
+    ahead = 0
 
     def __init__(self, added: dict[str, tuple[float, float]]) -> None:
         self.added = added
@@ -32,7 +33,7 @@ class Table:
     def mean(self, by_part: Sequence[float]) -> float:
         return sum(w * v for w, v in zip(self.weights, by_part, strict=True))
 
-    def measure(self, sets: Sequence[frozenset[str]], part: int) -> list[float]:
+    def measure(self, sets: Sequence[frozenset[str]], part: int, likely: Any = ()) -> list[float]:
         (units,) = sets
         (unit,) = units
         self.measured.append((unit, part))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -42,10 +43,14 @@ class Angle:
         self._add(angles.sum(dim=0).cpu(), angles.shape[0])
         self._boundaries = []
 
-    def merge(self, other: Angle) -> None:
+    def sums(self) -> dict[str, Tensor]:
+        """Sums and count; see `Observer`."""
+        return {} if self._sum is None else {"angles": self._sum, "count": torch.tensor(self._count)}
+
+    def merge(self, sums: Mapping[str, Tensor]) -> None:
         """Takes in another observer's sums."""
-        if other._sum is not None:
-            self._add(other._sum, other._count)
+        if sums:
+            self._add(sums["angles"], int(sums["count"]))
 
     def value(self) -> dict[str, Tensor]:
         """The mean by key."""

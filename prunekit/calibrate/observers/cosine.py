@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -32,11 +33,19 @@ class Cosine:
     def flush(self) -> None:
         """Nothing to do: tokens are independent of each other."""
 
-    def merge(self, other: Cosine) -> None:
+    def sums(self) -> dict[str, Tensor]:
+        """Sum and count by address; see `Observer`."""
+        return {
+            address: torch.tensor([total, self._counts[address]], dtype=torch.float64)
+            for address, total in self._sums.items()
+        }
+
+    def merge(self, sums: Mapping[str, Tensor]) -> None:
         """Takes in another observer's sums."""
-        for address, total in other._sums.items():
+        for address, pair in sums.items():
+            total, count = pair.tolist()
             self._sums[address] = self._sums.get(address, 0.0) + total
-            self._counts[address] = self._counts.get(address, 0) + other._counts[address]
+            self._counts[address] = self._counts.get(address, 0) + int(count)
 
     def value(self) -> dict[str, Tensor]:
         """The mean by key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -32,10 +33,19 @@ class Projection:
     def flush(self) -> None:
         """Nothing to do: tokens are independent of each other."""
 
-    def merge(self, other: Projection) -> None:
+    def sums(self) -> dict[str, Tensor]:
+        """Sums and count by address; see `Observer`."""
+        found: dict[str, Tensor] = {}
+        for address, sums in self._sums.items():
+            found |= {f"sums/{address}": sums, f"count/{address}": torch.tensor(self._counts[address])}
+        return found
+
+    def merge(self, sums: Mapping[str, Tensor]) -> None:
         """Takes in another observer's sums."""
-        for address, sums in other._sums.items():
-            self._add(address, sums, other._counts[address])
+        for key, value in sums.items():
+            what, _, address = key.partition("/")
+            if what == "sums":
+                self._add(address, value, int(sums[f"count/{address}"]))
 
     def value(self) -> dict[str, Tensor]:
         """The moments by key."""

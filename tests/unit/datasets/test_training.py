@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from prunekit.core.ranks import Ranks
 from prunekit.datasets import training
-from prunekit.datasets.ranks import Ranks
 from prunekit.datasets.training import Head, Learner, Run, Tally, gradient_norms, train_one, trained
 
 N, D = 40, 6
