@@ -141,20 +141,25 @@ class Examples:
             require_finite(block, start, self.model.source)
             yield start, block
 
-    def losses(self) -> np.ndarray:
-        """Mean loss in nats a token of every text under the causal model, float32 [n]."""
+    @property
+    def causal(self) -> bool:
+        """Whether the model writes text from left to right."""
+        return self.encoder is not None and self.encoder.causal
+
+    def surprises(self) -> np.ndarray:
+        """Mean loss in nats, and mean error norm, a token of every text under the causal model, float32 [n, 2]."""
         if self.source.kind != "text":
             raise UsageError("this metric reads text", why="the data set holds images")
         model, data = self.model, self.source
-        file = self._cached(f"losses/{_key(data.digest, model.digest, model.max_tokens)}.npy")
+        file = self._cached(f"surprises/{_key(data.digest, model.digest, model.max_tokens)}.npy")
 
         def fill(array: np.memmap) -> None:
             with self.progress.task("reading", total=self.n / self.ranks.size, unit="examples") as task:
                 for start, values in data.blocks(64, self.ranks.mine):
-                    array[start : start + len(values)] = model.losses(values, data)
+                    array[start : start + len(values)] = model.surprises(values, data)
                     task.advance(len(values))
 
-        return np.array(np.load(shared_array(file, (self.n,), fill, self.ranks)))
+        return np.array(np.load(shared_array(file, (self.n, 2), fill, self.ranks)))
 
     def lengths(self) -> np.ndarray:
         """Length of every text in tokens, in words without a model, int32 [n]."""
@@ -174,9 +179,13 @@ class Examples:
         folder = self._cached(f"runs/{_key(*what)}")
         return trained(self._learner, run, models, self.settings.seed, folder, self.ranks, self.progress)
 
-    def trained_params(self) -> int:
-        """Weights of the model that the trained metrics train; of a linear head where they train heads."""
-        return sum(weight.numel() for weight in self._learner.make(0).parameters())
+    def trained_params(self) -> int | None:
+        """Weights of what learns the labels: a linear head, or the model; None without classes or embeddings."""
+        if self.n_classes < 2 or "embeddings_file" not in vars(self):
+            return None
+        if self.settings.trains == "head":
+            return (self.width + 1) * self.n_classes
+        return sum(weight.numel() for weight in self.model.model.parameters())
 
     @cached_property
     def _learner(self) -> Learner:

@@ -136,6 +136,7 @@ def _manifest(
         },
         "model": _model_facts(data),
         "metrics": {name: _knobs(metric) for name, metric in metrics.items()},
+        "trained_params": data.trained_params(),
         "ranges": {name: [float(found.min()), float(found.max())] for name, found in scores.items()},
         "tokens": int(scores["length"].astype(np.float64).sum()) if "length" in scores and data.encoder else None,
         "settings": {**{k: v for k, v in asdict(settings).items() if k != "cache"}, "max_tokens": request.max_tokens},

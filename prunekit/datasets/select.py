@@ -160,7 +160,8 @@ def select(
     share = rule.tokens / max(1, total or 1) if rule.tokens is not None else n_kept(rule, n) / n
     share = min(1.0, share)
     params = (file.manifest["model"] or {}).get("params")
-    which, why = decide(rule.rule, round(share * n), share, Facts(len(data["classes"]), total, params))
+    facts = Facts(file.manifest.get("trained_params"), file.manifest["settings"]["trains"], total, params)
+    which, why = decide(rule.rule, round(share * n), share, facts)
     order = ranking(file.scores, which == "hard", rule.seed)
     if near_duplicates is not None:
         if not 0 < near_duplicates < 1:

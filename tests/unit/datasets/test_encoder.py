@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("pyarrow")
 
 from prunekit.core.errors import UsageError
-from prunekit.datasets.encoder import causal_losses, encoder, pooled
+from prunekit.datasets.encoder import encoder, pooled, surprises
 from prunekit.datasets.examples import Examples, Settings
 from prunekit.datasets.score import made
 from prunekit.datasets.source import open_source
@@ -51,6 +51,16 @@ def test_images_need_a_model(image_folder: Path) -> None:
         encoder(None, open_source(image_folder), "cpu", 8)
 
 
+def test_surprises_are_the_mean_cross_entropy_and_error_norm() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = tiny_inputs("llama", batch=1, length=5)["input_ids"]
+    logits = model(ids).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    wrong = logits.softmax(-1) - torch.nn.functional.one_hot(ids[0, 1:], logits.shape[-1])
+    expected = [loss, wrong.norm(dim=-1).mean().item()]
+    assert surprises(model, {"input_ids": ids})[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_padding_changes_neither_mean_nor_loss() -> None:
     model = tiny_model("llama", dtype=torch.float32)
     ids = tiny_inputs("llama", batch=1, length=5)["input_ids"]
@@ -58,9 +68,6 @@ def test_padding_changes_neither_mean_nor_loss() -> None:
         "input_ids": torch.cat([ids, torch.zeros(1, 3, dtype=torch.int64)], 1),
         "attention_mask": torch.tensor([[1] * 5 + [0] * 3]),
     }
-    assert causal_losses(model, padded) == pytest.approx(causal_losses(model, {"input_ids": ids}), abs=1e-5)
-    logits = model(ids).logits[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item()
-    assert causal_losses(model, {"input_ids": ids}) == pytest.approx(expected, abs=1e-5)
+    assert surprises(model, padded) == pytest.approx(surprises(model, {"input_ids": ids}), abs=1e-5)
     hidden = torch.randn(1, 8, 4)
     assert torch.allclose(pooled(hidden, padded["attention_mask"]), hidden[:, :5].mean(1), atol=1e-6)

@@ -31,6 +31,8 @@ def outcome(**parts: Any) -> Outcome:
 class Told:
     """Examples whose models were trained elsewhere."""
 
+    labelled = True
+
     def __init__(self, *outcomes: Outcome) -> None:
         self.outcomes = outcomes
 
@@ -147,7 +149,13 @@ def test_loss_without_labels_is_that_of_the_language_model(examples: Callable[..
     assert made("loss", {}).score(examples(VECTORS)).tolist() == list(range(30))
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS.names() if "labels" in METRICS.get(name).needs])
+def test_el2n_without_labels_is_the_error_of_the_language_model(examples: Callable[..., Any]) -> None:
+    data = examples(VECTORS)
+    data.encoder.causal = True
+    assert made("el2n", {}).score(data).tolist() == [0.5] * 30
+
+
+@pytest.mark.parametrize("name", ["el2n", *(name for name in METRICS.names() if "labels" in METRICS.get(name).needs)])
 def test_missing_labels_are_an_error(name: str, examples: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match="no labels"):
         METRICS.get(name)().score(examples(VECTORS))
