@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prunekit.datasets.source import Source
 
 TEXT_MODEL = "all-minilm-l6-v2"
+IMAGE_MODEL = "dinov2-small-focus"
 _AT_ONCE = 32
 
 
@@ -154,14 +155,12 @@ class Encoder:
 def encoder(
     name: str | None, data: Source, device: str, max_tokens: int, progress: Progress = NULL_PROGRESS
 ) -> Encoder:
-    """The model of a name; for text, MiniLM where none is given.
+    """The model of a name; MiniLM for text and a DINOv2-small for images where none is given.
 
     Raises:
-        UsageError: for images without a model.
+        CheckpointError: if there is no such model, or its package is not installed.
     """
-    if name is None and data.kind == "image":
-        raise UsageError("images need a model that embeds them", hint="--model FOLDER, such as a DINOv2 or ViT")
-    named = name or TEXT_MODEL
+    named = name or (TEXT_MODEL if data.kind == "text" else IMAGE_MODEL)
     return Encoder(named, resolve(named, progress=progress).folder, device, max_tokens)
 
 

@@ -114,7 +114,7 @@ class Examples:
             EvaluationError: if an embedding is not finite.
         """
         model, data = self.model, self.source
-        file = self._cached(f"embeddings/{_key(data.digest, model.digest, model.max_tokens)}.npy")
+        file = self._cached(f"{embeddings_key(data, model)}.npy")
         if file.is_file():
             return file
         first = next(iter(data.blocks(1)))[1]
@@ -206,6 +206,11 @@ def require_finite(block: np.ndarray, start: int, model: str) -> None:
             why=f"`{model}` gives NaN or infinity, for {len(bad)} of {len(block)} examples of this block",
             hint="check the model's weights, and look at that example",
         )
+
+
+def embeddings_key(data: Source, model: Encoder) -> str:
+    """Name of the embeddings that a model gives a data set: the digests of both, and where texts are cut."""
+    return f"embeddings/{_key(data.digest, model.digest, model.max_tokens)}"
 
 
 def _key(*parts: Any) -> str:

