@@ -78,8 +78,16 @@ class Examples:
         Raises:
             UsageError: if labels are missing, or all alike.
         """
+        return self.require_labels()
+
+    def require_labels(self) -> np.ndarray:
+        """The labels, or an error before any metric has done its work.
+
+        Raises:
+            UsageError: if labels are missing, or all alike.
+        """
         codes, path = self.source.codes, self.source.opened.path
-        hint = "metrics without labels: length, loss, perplexity, random, ssl_prototypes"
+        hint = "metrics without labels: length, random, ssl_prototypes; with a causal --model: el2n, loss, perplexity"
         if codes is None or not self.labelled:
             raise UsageError(f"`{path}` has no labels", why="this metric needs the class of every example", hint=hint)
         missing = int((codes < 0).sum())

@@ -72,6 +72,8 @@ def write_scores(request: Request, output: Path, progress: Progress = NULL_PROGR
         if needed or request.model is not None:
             model = encoder(request.model, data, request.settings.device, request.max_tokens, progress)
         examples = Examples(data, model, request.settings, ranks, progress)
+        if any("labels" in metric.needs for metric in metrics.values()):
+            examples.require_labels()
         scores = {name: checked(name, metric.score(examples), examples.n) for name, metric in metrics.items()}
         manifest = _manifest(request, examples, metrics, scores)
         if ranks.first:

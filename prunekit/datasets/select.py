@@ -105,7 +105,16 @@ def _require_same(path: Path, manifest: dict[str, Any], data: Path | None) -> No
     if data is not None:
         facts = manifest["data"]
         named = {facts["kind"]: facts["column"]}
-        found = open_source(data, Reading(label=facts["label_column"], skip_bad=bool(facts["skipped"]), **named)).digest
+        reading = Reading(label=facts["label_column"], skip_bad=bool(facts["skipped"]), **named)
+        try:
+            found = open_source(data, reading).digest
+        except UsageError as error:
+            if not data.exists():
+                raise
+            what = f"`{path}` is not known to be of `{data}`"
+            raise UsageError(
+                what, why=f"{error.what}{error.why and f': {error.why}'}", hint="score this one"
+            ) from error
         if found != own:
             why = f"its digest is {found[:12]}, the scores are of {own[:12]}"
             raise UsageError(f"`{path}` is of another data set than `{data}`", why=why, hint="score this one")

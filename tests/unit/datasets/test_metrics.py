@@ -161,6 +161,16 @@ def test_missing_labels_are_an_error(name: str, examples: Callable[..., Any]) ->
         METRICS.get(name)().score(examples(VECTORS))
 
 
+def test_bad_labels_and_too_few_examples_are_found_before_anything_is_embedded(examples: Callable[..., Any]) -> None:
+    data, single = examples(VECTORS), examples(VECTORS, np.zeros(30, int))
+    for one in (data, single):
+        one.encoder.vectors = None
+        with pytest.raises(UsageError, match=r"no labels|single class"):
+            made("memorization", {}).score(one)
+    with pytest.raises(UsageError, match="30 examples cannot make 31 clusters"):
+        made("ssl_prototypes", {"clusters": 31}).score(data)
+
+
 def test_a_single_class_is_an_error(examples: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match="single class"):
         made("el2n", {}).score(examples(VECTORS, np.zeros(30, int)))
