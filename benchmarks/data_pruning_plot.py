@@ -59,7 +59,8 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> str:
                 " ".join(verdict(mine, metric, rule, keep) for keep in KEEPS) if (metric, rule, 0.2) in mine else ""
                 for mine in parts
             ]
-            lines.append(f"| {metric} | {rule} | {' | '.join(cells)} |")
+            if any(cells):
+                lines.append(f"| {metric} | {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
