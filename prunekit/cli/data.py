@@ -46,7 +46,9 @@ def score(
     metric: Annotated[list[str], typer.Option(help="`prunekit methods list` shows them; may be repeated.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Folder, hub id, GGUF file or packaged model's name [all-minilm-l6-v2 for text]."),
+        typer.Option(
+            help="Folder, hub id, GGUF file or packaged model's name [all-minilm-l6-v2; dinov2-small-focus for images]."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Parquet file to write [NAME.scores.parquet].")

@@ -45,7 +45,7 @@ expect: {params_max: 1.2e8}
 _SECTIONS = (
     ("Model", "model"),
     ("Calibrate", "calibrate"),
-    ("Select", "calibrate.select"),
+    ("Select", "calibrate.select, heal.select"),
     ("Step", "steps"),
     ("Budget", "steps: budget"),
     ("Learn", "learn"),

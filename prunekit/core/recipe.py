@@ -29,12 +29,12 @@ from prunekit.core.recipe_model import Export as Export
 from prunekit.core.recipe_model import Method as Method
 from prunekit.core.recipe_model import Model as Model
 from prunekit.core.recipe_model import Recipe as Recipe
-from prunekit.core.recipe_model import Select as Select
 from prunekit.core.recipe_model import Step as Step
 from prunekit.core.recipe_problems import InvalidRecipeError as InvalidRecipeError
 from prunekit.core.recipe_problems import Problem as Problem
 from prunekit.core.recipe_problems import dotted, typed
 from prunekit.core.recipe_schema import json_schema as json_schema
+from prunekit.core.recipe_select import Select as Select
 from prunekit.core.yaml_lines import MAX_BYTES, Document, KeyPath, read_value, read_yaml
 
 _BARE_TEXT = (("evaluate", "perplexity"), ("evaluate", "kl"), ("evaluate", "embedding"))

@@ -46,7 +46,8 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
         problems += _section(data, model.section, registry, model)
         problems += _training(data, model)
     problems += _learn(data)
-    problems += _select(data)
+    for part in ("calibrate", "learn", "heal"):
+        problems += _select(data, part)
     problems += _export(data)
     problems += _require(data)
     tasks = _inside(data, "evaluate", "tasks")
@@ -290,16 +291,16 @@ def _kinds(cls: type, name: str, kind: Any, path: KeyPath) -> list[Problem]:
     ]
 
 
-def _select(data: Mapping[str, Any]) -> Iterator[Problem]:
-    name = _inside(data, "calibrate", "select", "metric")
+def _select(data: Mapping[str, Any], part: str) -> Iterator[Problem]:
+    name = _inside(data, part, "select", "metric")
     if not isinstance(name, str):
         return
     usable = [metric for metric in METRICS.names() if "labels" not in METRICS.get(metric).needs]
-    path = ("calibrate", "select", "metric")
+    path = (part, "select", "metric")
     if name not in METRICS.names():
         yield Problem(f"no metric named `{name}`", path, hint=near(name, usable) or f"there are: {', '.join(usable)}")
     elif name not in usable:
-        why = "it needs labels, which calibration data has not"
+        why = "it needs labels, which the text of a recipe has not"
         yield Problem(f"`metric: {name}` is not possible here", path, why=why, hint=f"use one of: {', '.join(usable)}")
 
 

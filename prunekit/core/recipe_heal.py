@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, StrictFloat, StrictInt, StrictStr, model_serializer, model_validator
 
 from prunekit.core.recipe_base import Part, gathered, named_text
+from prunekit.core.recipe_select import Select
 
 
 class HealText(Part):
@@ -41,6 +42,10 @@ class Training(Part):
         default=None, ge=2, description="Sequences in all; null takes what the texts hold, at most one pass over them."
     )
     length_tokens: StrictInt = Field(default=256, ge=2, description="Tokens in each sequence.")
+    select: Select | None = Field(
+        default=None,
+        description="Choose the sequences of each text that is read by a metric; null takes them as they are drawn.",
+    )
     held_out: StrictFloat = Field(
         default=0.05, ge=0, lt=1, description="Fraction of the sequences that is watched, not trained on."
     )

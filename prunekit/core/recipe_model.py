@@ -23,6 +23,7 @@ from prunekit.core.recipe_base import Part, gathered
 from prunekit.core.recipe_evaluate import Evaluate, Expect
 from prunekit.core.recipe_heal import Heal
 from prunekit.core.recipe_learn import Learn
+from prunekit.core.recipe_select import Select
 from prunekit.core.registry import GATES, HEALS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
 Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts", "hidden"]
@@ -58,18 +59,6 @@ class Model(Part):
     device: StrictStr = Field(default="auto", pattern=DEVICES, description="`auto`, `cpu`, `mps`, `cuda` or `cuda:1`.")
     trust_remote_code: StrictBool = Field(
         default=False, description="Run the code that the model's folder brings along."
-    )
-
-
-class Select(Part):
-    """Which sequences of the data are calibrated on; `sequences` of them stay, and more are read."""
-
-    metric: StrictStr = Field(
-        description="Metric of data pruning that needs no labels: loss, perplexity, ssl_prototypes, length or random."
-    )
-    keep: StrictFloat = Field(gt=0, le=1, description="Fraction kept of the sequences that are read.")
-    rule: Literal["hard", "easy", "auto"] = Field(
-        default="auto", description="Keep the highest scores, the lowest, or decide by how much text there is."
     )
 
 

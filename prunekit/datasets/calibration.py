@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prunekit.core.errors import UsageError
-from prunekit.datasets.encoder import causal_losses, pooled
+from prunekit.datasets.encoder import is_causal, pooled, surprises
 from prunekit.datasets.examples import Settings, require_finite
 from prunekit.datasets.rules import Facts, Rule, choose, decide, ranking
 from prunekit.datasets.score import checked, made
@@ -19,7 +19,7 @@ from prunekit.datasets.score import checked, made
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prunekit.core.recipe_model import Select
+    from prunekit.core.recipe_select import Select
 
 
 def pool_size(sequences: int, select: Select) -> int:
@@ -96,11 +96,16 @@ class Sequences:
         """All embeddings as one block."""
         yield 0, self.vectors
 
-    def losses(self) -> np.ndarray:
-        """Mean loss in nats a token, float32 [n]."""
-        if not hasattr(self.model, "lm_head"):
+    @property
+    def causal(self) -> bool:
+        """Whether the model writes text from left to right."""
+        return is_causal(self.model)
+
+    def surprises(self) -> np.ndarray:
+        """Mean loss in nats, and mean error norm, a token, float32 [n, 2]."""
+        if not self.causal:
             raise UsageError("this metric needs a causal language model", hint="select: {metric: ssl_prototypes, ...}")
-        return np.concatenate([causal_losses(self.model, one) for one in self._each()])
+        return np.concatenate([surprises(self.model, one) for one in self._each()])
 
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, int64 [n]; 0 for images."""

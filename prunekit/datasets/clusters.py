@@ -54,8 +54,7 @@ def fit(
     Raises:
         UsageError: if there are fewer points than clusters, or the engine is not installed.
     """
-    if n < k:
-        raise UsageError(f"{n} examples cannot make {k} clusters", hint=f"--set clusters={max(1, n // 10)}")
+    require_points(n, k)
     if engine == "auto":
         engine = "faiss" if find_spec("faiss") else "scikit-learn"
     module = {"faiss": "faiss", "scikit-learn": "sklearn"}[engine]
@@ -68,6 +67,12 @@ def fit(
     if n <= room:
         return _scikit(_sample(blocks, n, d, n, seed), k, seed, iterations)
     return _minibatch(blocks, n, d, k, seed, room)
+
+
+def require_points(n: int, k: int) -> None:
+    """Raises `UsageError` where there are fewer points than clusters."""
+    if n < k:
+        raise UsageError(f"{n} examples cannot make {k} clusters", hint=f"--set clusters={max(1, n // 10)}")
 
 
 def nearest(block: np.ndarray, centroids: np.ndarray) -> np.ndarray:

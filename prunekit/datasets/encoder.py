@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prunekit.datasets.source import Source
 
 TEXT_MODEL = "all-minilm-l6-v2"
+IMAGE_MODEL = "dinov2-small-focus"
 _AT_ONCE = 32
 
 
@@ -122,22 +123,27 @@ class Encoder:
         found = torch.cat(parts)
         return found[torch.argsort(torch.tensor(order))].numpy()
 
-    def losses(self, values: Sequence[str], data: Source) -> np.ndarray:
-        """Mean cross-entropy in nats a token of each text under a causal model, float32 [n]; 0 for a single token.
+    @cached_property
+    def causal(self) -> bool:
+        """Whether the model writes text from left to right."""
+        return is_causal(self.model)
+
+    def surprises(self, values: Sequence[str], data: Source) -> np.ndarray:
+        """What each text is to a causal model, float32 [n, 2], as `surprises` gives it.
 
         Raises:
             UsageError: if the model writes no text.
         """
-        if not hasattr(self.model, "lm_head") or getattr(self.model.config, "is_encoder_decoder", False):
+        if not self.causal:
             hint = "name one: --model smollm2-135m-instruct"
             raise UsageError(f"`{self.source}` gives no loss to text", why="it is no causal language model", hint=hint)
-        found = np.zeros(len(values), np.float32)
+        found = np.zeros((len(values), 2), np.float32)
         order = sorted(range(len(values)), key=lambda place: len(values[place]))
         for first in range(0, len(order), 8):
             places = order[first : first + 8]
             inputs = self.inputs([values[place] for place in places], data)
             inputs = {name: part.to(self.device) for name, part in inputs.items()}
-            found[places] = causal_losses(self.model, inputs)
+            found[places] = surprises(self.model, inputs)
         return found
 
     def counts(self, values: Sequence[str]) -> np.ndarray:
@@ -149,14 +155,12 @@ class Encoder:
 def encoder(
     name: str | None, data: Source, device: str, max_tokens: int, progress: Progress = NULL_PROGRESS
 ) -> Encoder:
-    """The model of a name; for text, MiniLM where none is given.
+    """The model of a name; MiniLM for text and a DINOv2-small for images where none is given.
 
     Raises:
-        UsageError: for images without a model.
+        CheckpointError: if there is no such model, or its package is not installed.
     """
-    if name is None and data.kind == "image":
-        raise UsageError("images need a model that embeds them", hint="--model FOLDER, such as a DINOv2 or ViT")
-    named = name or TEXT_MODEL
+    named = name or (TEXT_MODEL if data.kind == "text" else IMAGE_MODEL)
     return Encoder(named, resolve(named, progress=progress).folder, device, max_tokens)
 
 
@@ -165,15 +169,29 @@ def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return hidden[:, 0] if mask is None else masked_mean(hidden, mask)
 
 
-def causal_losses(model: Any, inputs: Mapping[str, Tensor]) -> np.ndarray:
-    """Mean cross-entropy in nats a token of each sequence, float32 [n]; the first token is not scored."""
+def is_causal(model: Any) -> bool:
+    """Whether a model writes text from left to right."""
+    return hasattr(model, "lm_head") and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def surprises(model: Any, inputs: Mapping[str, Tensor]) -> np.ndarray:
+    """Cross-entropy in nats and error ||softmax - onehot||_2 of each sequence, float32 [n, 2].
+
+    Both are means over its tokens but the first, which nothing predicts; 0 for a single token. Probabilities 0.7 and
+    0.3 where the second is right: 1.204 and 0.9899.
+    """
     import torch
-    from torch.nn.functional import cross_entropy
 
     ids = inputs["input_ids"]
-    with torch.no_grad():
-        logits = model(**inputs).logits[:, :-1].float()
     mask = inputs.get("attention_mask", torch.ones_like(ids))[:, 1:].float()
-    loss = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask
-    found: np.ndarray = (loss.sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
-    return found
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    found = []
+    # One by one, since what has the size of the vocabulary is made several times over.
+    for one, label, seen in zip(logits[:, :-1], ids[:, 1:], mask, strict=True):
+        logs = one.float().log_softmax(-1)
+        right = logs.gather(-1, label[:, None])[:, 0]
+        error = (logs.exp().square().sum(-1) - 2 * right.exp() + 1).clamp(min=0).sqrt()
+        found.append(torch.stack([-right @ seen, error @ seen]) / seen.sum().clamp(min=1))
+    both: np.ndarray = torch.stack(found).cpu().numpy()
+    return both

@@ -79,8 +79,16 @@ class Examples:
         Raises:
             UsageError: if labels are missing, or all alike.
         """
+        return self.require_labels()
+
+    def require_labels(self) -> np.ndarray:
+        """The labels, or an error before any metric has done its work.
+
+        Raises:
+            UsageError: if labels are missing, or all alike.
+        """
         codes, path = self.source.codes, self.source.opened.path
-        hint = "metrics without labels: length, loss, perplexity, random, ssl_prototypes"
+        hint = "metrics without labels: length, random, ssl_prototypes; with a causal --model: el2n, loss, perplexity"
         if codes is None or not self.labelled:
             raise UsageError(f"`{path}` has no labels", why="this metric needs the class of every example", hint=hint)
         missing = int((codes < 0).sum())
@@ -115,7 +123,7 @@ class Examples:
             EvaluationError: if an embedding is not finite.
         """
         model, data = self.model, self.source
-        file = self._cached(f"embeddings/{_key(data.digest, model.digest, model.max_tokens)}.npy")
+        file = self._cached(f"{embeddings_key(data, model)}.npy")
         if file.is_file():
             return file
         first = next(iter(data.blocks(1)))[1]
@@ -142,20 +150,25 @@ class Examples:
             require_finite(block, start, self.model.source)
             yield start, block
 
-    def losses(self) -> np.ndarray:
-        """Mean loss in nats a token of every text under the causal model, float32 [n]."""
+    @property
+    def causal(self) -> bool:
+        """Whether the model writes text from left to right."""
+        return self.encoder is not None and self.encoder.causal
+
+    def surprises(self) -> np.ndarray:
+        """Mean loss in nats, and mean error norm, a token of every text under the causal model, float32 [n, 2]."""
         if self.source.kind != "text":
             raise UsageError("this metric reads text", why="the data set holds images")
         model, data = self.model, self.source
-        file = self._cached(f"losses/{_key(data.digest, model.digest, model.max_tokens)}.npy")
+        file = self._cached(f"surprises/{_key(data.digest, model.digest, model.max_tokens)}.npy")
 
         def fill(array: np.memmap) -> None:
             with self.progress.task("reading", total=self.n / self.ranks.size, unit="examples") as task:
                 for start, values in data.blocks(64, self.ranks.mine):
-                    array[start : start + len(values)] = model.losses(values, data)
+                    array[start : start + len(values)] = model.surprises(values, data)
                     task.advance(len(values))
 
-        return np.array(np.load(shared_array(file, (self.n,), fill, self.ranks)))
+        return np.array(np.load(shared_array(file, (self.n, 2), fill, self.ranks)))
 
     def lengths(self) -> np.ndarray:
         """Length of every text in tokens, in words without a model, int32 [n]."""
@@ -175,9 +188,13 @@ class Examples:
         folder = self._cached(f"runs/{_key(*what)}")
         return trained(self._learner, run, models, self.settings.seed, folder, self.ranks, self.progress)
 
-    def trained_params(self) -> int:
-        """Weights of the model that the trained metrics train; of a linear head where they train heads."""
-        return sum(weight.numel() for weight in self._learner.make(0).parameters())
+    def trained_params(self) -> int | None:
+        """Weights of what learns the labels: a linear head, or the model; None without classes or embeddings."""
+        if self.n_classes < 2 or "embeddings_file" not in vars(self):
+            return None
+        if self.settings.trains == "head":
+            return (self.width + 1) * self.n_classes
+        return sum(weight.numel() for weight in self.model.model.parameters())
 
     @cached_property
     def _learner(self) -> Learner:
@@ -198,6 +215,11 @@ def require_finite(block: np.ndarray, start: int, model: str) -> None:
             why=f"`{model}` gives NaN or infinity, for {len(bad)} of {len(block)} examples of this block",
             hint="check the model's weights, and look at that example",
         )
+
+
+def embeddings_key(data: Source, model: Encoder) -> str:
+    """Name of the embeddings that a model gives a data set: the digests of both, and where texts are cut."""
+    return f"embeddings/{_key(data.digest, model.digest, model.max_tokens)}"
 
 
 def _key(*parts: Any) -> str:

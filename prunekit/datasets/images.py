@@ -25,7 +25,7 @@ def decode(value: Any, folder: Path) -> Image:
         OSError: if the file cannot be read or is no image.
         ValueError: if the cell holds no image, or one that is too large or outside the folder.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -36,8 +36,12 @@ def decode(value: Any, folder: Path) -> Image:
         value = file.read_bytes()
     if not isinstance(value, bytes):
         raise ValueError("the cell holds no image")
-    with Image.open(io.BytesIO(value)) as opened:
-        width, height = opened.size
-        if width * height > _MOST_PIXELS:
-            raise ValueError(f"{width} x {height} pixels are too many")
-        return opened.convert("RGB")
+    try:
+        with Image.open(io.BytesIO(value)) as opened:
+            width, height = opened.size
+            if width * height > _MOST_PIXELS:
+                raise ValueError(f"{width} x {height} pixels are too many")
+            return opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        # Pillow's own text names an address in memory, another one each time.
+        raise ValueError(f"its {len(value)} bytes are no image of a known kind") from error

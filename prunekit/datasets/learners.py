@@ -23,8 +23,9 @@ _FLAT = 1e-6
 
 def head_learner(data: Examples) -> Learner:
     """A head on standardised embeddings; always on the CPU, where it trains in a second."""
-    mean, deviation = moments(data)
+    # Labels first: where they are wrong, nothing is embedded.
     labels, n_classes = data.labels, data.n_classes
+    mean, deviation = moments(data)
 
     def make(width: int) -> nn.Module:
         return Head(mean, deviation, n_classes, width)

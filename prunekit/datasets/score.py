@@ -72,6 +72,8 @@ def write_scores(request: Request, output: Path, progress: Progress = NULL_PROGR
         if needed or request.model is not None:
             model = encoder(request.model, data, request.settings.device, request.max_tokens, progress)
         examples = Examples(data, model, request.settings, ranks, progress)
+        if any("labels" in metric.needs for metric in metrics.values()):
+            examples.require_labels()
         scores = {name: checked(name, metric.score(examples), examples.n) for name, metric in metrics.items()}
         manifest = _manifest(request, examples, metrics, scores)
         if ranks.first:
@@ -136,6 +138,7 @@ def _manifest(
         },
         "model": _model_facts(data),
         "metrics": {name: _knobs(metric) for name, metric in metrics.items()},
+        "trained_params": data.trained_params(),
         "ranges": {name: [float(found.min()), float(found.max())] for name, found in scores.items()},
         "tokens": int(scores["length"].astype(np.float64).sum()) if "length" in scores and data.encoder else None,
         "settings": {**{k: v for k, v in asdict(settings).items() if k != "cache"}, "max_tokens": request.max_tokens},

@@ -105,7 +105,16 @@ def _require_same(path: Path, manifest: dict[str, Any], data: Path | None) -> No
     if data is not None:
         facts = manifest["data"]
         named = {facts["kind"]: facts["column"]}
-        found = open_source(data, Reading(label=facts["label_column"], skip_bad=bool(facts["skipped"]), **named)).digest
+        reading = Reading(label=facts["label_column"], skip_bad=bool(facts["skipped"]), **named)
+        try:
+            found = open_source(data, reading).digest
+        except UsageError as error:
+            if not data.exists():
+                raise
+            what = f"`{path}` is not known to be of `{data}`"
+            raise UsageError(
+                what, why=f"{error.what}{error.why and f': {error.why}'}", hint="score this one"
+            ) from error
         if found != own:
             why = f"its digest is {found[:12]}, the scores are of {own[:12]}"
             raise UsageError(f"`{path}` is of another data set than `{data}`", why=why, hint="score this one")
@@ -160,7 +169,8 @@ def select(
     share = rule.tokens / max(1, total or 1) if rule.tokens is not None else n_kept(rule, n) / n
     share = min(1.0, share)
     params = (file.manifest["model"] or {}).get("params")
-    which, why = decide(rule.rule, round(share * n), share, Facts(len(data["classes"]), total, params))
+    facts = Facts(file.manifest.get("trained_params"), file.manifest["settings"]["trains"], total, params)
+    which, why = decide(rule.rule, round(share * n), share, facts)
     order = ranking(file.scores, which == "hard", rule.seed)
     if near_duplicates is not None:
         if not 0 < near_duplicates < 1:

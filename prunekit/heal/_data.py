@@ -50,12 +50,15 @@ def gather(scene: Scene) -> Data:
     asked = scene.asked
     texts = [None if text.data == TEACHER else _rows(scene, text.data) for text in asked.data]
     counts = _counts(scene, texts)
-    found = []
+    found: list[Mapping[str, Tensor]] = []
     for number, (text, rows, count) in enumerate(zip(asked.data, texts, counts, strict=True)):
         if rows is None:
             rows = {"input_ids": _written(scene, text, count, asked.seed + number)}
-        order = torch.randperm(len(rows["input_ids"]), generator=_generator(asked.seed + number))[:count]
-        found.append({name: values[order] for name, values in rows.items()})
+        order = torch.randperm(len(rows["input_ids"]), generator=_generator(asked.seed + number))
+        if text.data == TEACHER or scene.choose is None:
+            found.append({name: values[order[:count]] for name, values in rows.items()})
+        else:
+            found.append(scene.choose({name: values[order] for name, values in rows.items()}, count))
     inputs = _joined(found)
     order = torch.randperm(sum(counts), generator=_generator(asked.seed))
     n_held = max(1, round(asked.held_out * len(order))) if asked.held_out else 0
@@ -83,7 +86,8 @@ def _counts(scene: Scene, texts: list[Mapping[str, Tensor] | None]) -> list[int]
     asked = scene.asked
     total = sum(text.weight for text in asked.data)
     shares = [text.weight / total for text in asked.data]
-    there = [None if rows is None else len(rows["input_ids"]) for rows in texts]
+    keep = asked.select.keep if asked.select is not None else 1.0
+    there = [None if rows is None else int(len(rows["input_ids"]) * keep + 1e-9) for rows in texts]
     n = asked.sequences
     if n is None:
         useful = math.ceil(asked.steps * asked.batch / (1 - asked.held_out)) + len(shares)
@@ -94,7 +98,7 @@ def _counts(scene: Scene, texts: list[Mapping[str, Tensor] | None]) -> list[int]
         if held is not None and count > held:
             raise UsageError(
                 f"`{text.data}` is too short for {count} sequences of {asked.length_tokens} tokens",
-                why=f"it makes {held}",
+                why=f"it makes {held}" + (f" with `select.keep: {keep:g}`" if keep < 1 else ""),
                 hint="lower `sequences`, `length_tokens` or its `weight`, or give a longer text",
             )
     return counts

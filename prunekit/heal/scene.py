@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from prunekit.plan.layout import Pair
 
 Talk = Callable[[str], None]
+# Of the rows of a text, inputs by name in the order in which they were drawn, so many stay.
+Choose = Callable[[Mapping[str, "Tensor"], int], Mapping[str, "Tensor"]]
 # Tokens that the teacher reads at once where nothing is trained.
 TOKENS_AT_ONCE = 4096
 
@@ -43,6 +45,7 @@ class Scene:
         device: `cpu`, `cuda` or `mps`.
         matches: dense block whose output each block of the cut model should give; None where nobody knows.
         trust_remote_code: whether code in the student's folder may run.
+        choose: keeps the rows that `heal.select` asks for; None where it asks for nothing.
         made_from: what the cut model was made from, where that can be told from its plan; else its files tell it apart
             from others. A repair on a GPU need not give the same bits twice.
         cache: folder for what the teacher says; the usual one by default.
@@ -59,6 +62,7 @@ class Scene:
     device: str
     matches: tuple[int, ...] | None = None
     trust_remote_code: bool = False
+    choose: Choose | None = None
     made_from: str | None = None
     cache: Path | None = None
     progress: Progress = NULL_PROGRESS

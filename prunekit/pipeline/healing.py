@@ -15,7 +15,7 @@ from prunekit.heal.run import Healed, check, heal
 from prunekit.heal.scene import Scene, matches
 from prunekit.modeling.load import load_model, load_tokenizer, to_float64
 from prunekit.pipeline.choose import Talk, silent
-from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
+from prunekit.pipeline.inputs import chooser, device_of, reads, tokenizer_for
 from prunekit.pipeline.measure import subject_of
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def scene_of(
         device=device,
         matches=None if pairs is None else matches(pairs, len(view.blocks)),
         trust_remote_code=trusted,
+        choose=chooser(asked.select, load_teacher, asked.seed, talk),
         made_from=made_from,
         progress=progress,
         talk=talk,

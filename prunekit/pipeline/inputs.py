@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunekit.core.recipe_evaluate import Embedding
-    from prunekit.core.recipe_model import Calibrate, Recipe, Select
+    from prunekit.core.recipe_model import Calibrate, Recipe
+    from prunekit.core.recipe_select import Select
     from prunekit.structure.view import ModelView
 
 Reads = Literal["text", "sentences", "images"]
@@ -59,6 +60,31 @@ def selected_batch(view: ModelView, tokenizer: Any, recipe: Recipe, select: Sele
     folder, remote = view.checkpoint.folder, recipe.model.trust_remote_code
     model = load_model(folder, dtype_of(recipe, view, device), device, remote)
     return selected(pool, calibrate.sequences, select, model, calibrate.seed)[0]
+
+
+def chooser(
+    select: Select | None, load_model: Callable[[], Any], seed: int, talk: Callable[[str], None]
+) -> Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]] | None:
+    """What keeps, of the rows of a text, those that a data-pruning metric prefers; None where nothing is asked for.
+
+    Args:
+        select: metric and rule.
+        load_model: gives the model that scores.
+        seed: decides among equal scores.
+        talk: told which rows stay, and why.
+    """
+    from prunekit.datasets.calibration import pool_size, selected
+
+    if select is None:
+        return None
+
+    def choose(rows: Mapping[str, Tensor], count: int) -> Mapping[str, Tensor]:
+        pool = {name: part[: pool_size(count, select)] for name, part in rows.items()}
+        kept, why = selected(pool, count, select, load_model(), seed)
+        talk(f"{count} of {len(next(iter(pool.values())))} sequences stay, the {why}")
+        return kept
+
+    return choose
 
 
 def tokenizer_for(view: ModelView, recipe: Recipe) -> Any:

@@ -15,7 +15,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.ranks import place
 from prunekit.heal.scene import Scene
 from prunekit.modeling.load import load_model
-from prunekit.pipeline.inputs import device_of, reads, tokenizer_for
+from prunekit.pipeline.inputs import chooser, device_of, reads, tokenizer_for
 from prunekit.plan.cost import sublayer_cost
 from prunekit.plan.layout import choose_layout
 from prunekit.plan.require import require_met
@@ -75,6 +75,7 @@ def learned_after(
             decoder=reads(source) == "text",
             device=device,
             trust_remote_code=trusted,
+            choose=chooser(asked.select, load_teacher, asked.seed, talk),
             made_from=json.dumps(plan.to_json(), sort_keys=True),
             progress=progress,
             talk=talk,

@@ -50,6 +50,28 @@ def test_distillation_brings_the_divergence_down(llama: Bench, tmp_path: Path) -
     assert float(now) == pytest.approx(told["held_out_after"], rel=1e-4)
 
 
+def test_selection_keeps_the_easiest_of_what_was_drawn(llama: Bench) -> None:
+    from prunekit.datasets.encoder import surprises
+    from prunekit.pipeline.inputs import chooser
+
+    asked = {"sequences": 12, "held_out": 0.0, "batch": 4, "select": {"metric": "loss", "keep": 0.5, "rule": "easy"}}
+    told: list[str] = []
+    scene = llama.scene(**asked)
+    scene = replace(scene, choose=chooser(scene.asked.select, scene.load_teacher, 0, told.append))
+    kept = gather(scene).inputs["input_ids"]
+    drawn = gather(llama.scene(**{**asked, "sequences": 24, "select": None})).inputs["input_ids"]
+    losses = surprises(load_model(llama.dense), {"input_ids": drawn})[:, 0]
+    assert {tuple(row) for row in kept.tolist()} == {tuple(row) for row in drawn[losses.argsort()[:12]].tolist()}
+    assert told == ["12 of 24 sequences stay, the easy ones by loss: asked for"]
+
+
+def test_selection_needs_more_text_than_it_keeps(llama: Bench) -> None:
+    n = len(gather(llama.scene(sequences=None, steps=1000)).inputs["input_ids"])
+    with pytest.raises(UsageError, match=f"too short for {n} sequences") as raised:
+        gather(llama.scene(sequences=n, select={"metric": "loss", "keep": 0.5}))
+    assert f"makes {n // 2} with `select.keep: 0.5`" in raised.value.why
+
+
 def test_finetuning_brings_the_cross_entropy_down(llama: Bench, tmp_path: Path) -> None:
     told = heal(without_teacher(llama.scene(method="finetune", steps=20, check_every=20)), tmp_path / "w").about
     assert told["held_out_after"] < told["held_out_before"] - 0.1

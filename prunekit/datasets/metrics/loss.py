@@ -40,5 +40,5 @@ class Loss:
         from prunekit.datasets.training import Run
 
         if not data.labelled:
-            return data.losses()
+            return data.surprises()[:, 0]
         return np.mean([outcome.loss for outcome in data.train(Run(epochs=self.epochs), self.models)], axis=0)

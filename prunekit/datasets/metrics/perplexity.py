@@ -29,4 +29,4 @@ class Perplexity:
         """Perplexity, float32 [n], higher = keep; the first token is not scored."""
         import numpy as np
 
-        return np.exp(data.losses().clip(max=80.0))
+        return np.exp(data.surprises()[:, 0].clip(max=80.0))

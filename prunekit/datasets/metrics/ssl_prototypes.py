@@ -55,7 +55,7 @@ class SslPrototypes:
         """Distance, float32 [n] in [0, 2], higher = keep."""
         import numpy as np
 
-        from prunekit.datasets.clusters import fit, nearest
+        from prunekit.datasets.clusters import fit, nearest, require_points
         from prunekit.datasets.metrics._cosine import cosine_distance, unit_length
 
         def blocks() -> Iterator[tuple[int, np.ndarray]]:
@@ -63,6 +63,8 @@ class SslPrototypes:
                 yield first, unit_length(block) if self.normalize else block
 
         k = self.clusters or max(1, min(data.n_classes or _WITHOUT_LABELS, data.n // 10))
+        # Here already, before anything is embedded.
+        require_points(data.n, k)
         seed, memory = data.settings.seed, data.settings.memory_mib
         made = fit(blocks, data.n, data.width, k, seed, self.iterations, self.engine, memory)
         found = np.empty(data.n, np.float32)

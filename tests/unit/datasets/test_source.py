@@ -106,7 +106,7 @@ def test_unreadable_images_are_counted_and_listed(image_folder: Path) -> None:
     (image_folder / "blue" / "short.png").write_bytes(png((1, 2, 3))[:40])
     with pytest.raises(UsageError, match="2 of 14 images") as raised:
         open_source(image_folder)
-    assert "red/broken.png" in raised.value.why
+    assert "red/broken.png: its 8 bytes are no image" in raised.value.why
     assert "blue/short.png" in raised.value.why
 
 
@@ -153,6 +153,15 @@ def test_bad_file_is_one_clear_error(name: str, content: str, message: str, tmp_
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=message):
         texts(open_source(tmp_path / name))
+
+
+def test_rows_of_a_parquet_file_of_one_row_group_are_read_page_by_page(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(4096).hex() for _ in range(4000)]
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "d.parquet", row_group_size=4000, use_dictionary=False)
+    before = pa.total_allocated_bytes()
+    most = max(pa.total_allocated_bytes() - before for _ in open_source(tmp_path / "d.parquet").batches())
+    assert most < 16 << 20, "of 32 MB of text"
 
 
 def test_shards_must_have_the_same_columns(tmp_path: Path) -> None:
