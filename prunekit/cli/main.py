@@ -29,6 +29,7 @@ _ORDER = (
     "heal",
     "export",
     "verify",
+    "reproduce",
     "evaluate",
     "compare",
     "report",

@@ -231,9 +231,10 @@ class Recipe(Part):
             measured |= _all_knobs(TASKS, asked.task, asked.options)
         if self.repair is not None:
             knobs = _all_knobs(REPAIRS, self.repair.method, self.repair.knobs)
-            data["repair"] = {**data["repair"], **knobs}
+            data["repair"] = {"method": self.repair.method, **knobs, **data["repair"], **knobs}
         if self.heal is not None:
-            data["heal"] = {**data["heal"], **_all_knobs(HEALS, self.heal.method, self.heal.knobs)}
+            knobs = _all_knobs(HEALS, self.heal.method, self.heal.knobs)
+            data["heal"] = {"method": self.heal.method, **knobs, **data["heal"], **knobs}
         return {key: value for key, value in data.items() if value != {}}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import ExportError
-from prunekit.core.files import atomic_folder, require_free_folder, sha256_files, write_json, write_text
+from prunekit.core.files import atomic_folder, require_free_folder, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.healing import (
@@ -25,13 +25,13 @@ from prunekit.pipeline.healing import (
 )
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
+from prunekit.pipeline.origins import derived, source_digests
 from prunekit.pipeline.repair import as_stored, put_into, repair_inputs, with_repair
 from prunekit.plan.loads import loads
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe
     from prunekit.export.verify import Reference, VerifyReport
-    from prunekit.structure.view import ModelView
 
 MANIFEST, RECIPE, ONNX = "prunekit.json", "recipe.yaml", "onnx"
 
@@ -174,7 +174,7 @@ def _finish(
     about: Mapping[str, Any] = {}
     if recipe.heal is not None:
         talk(f"healing by {recipe.heal.method}")
-        scene = scene_of(recipe, made.view, folder, made.layout.pairs, dense, _made_from(recipe, made), progress, talk)
+        scene = scene_of(recipe, made.view, folder, made.layout.pairs, dense, made_from(recipe, made), progress, talk)
         reference, about = healed_in_place(scene, work_folder(output), recipe.export.max_shard_bytes)
         clock.lap("heal")
         cut, after = after, {**after, **_again(measurer, dense, folder)}
@@ -200,7 +200,7 @@ def _measured(measurer: Measurer, made: Made, dense: Any, folder: Path) -> tuple
     return before, {**asdict(made.after), **_again(measurer, dense, folder)}
 
 
-def _made_from(recipe: Recipe, made: Made) -> str:
+def made_from(recipe: Recipe, made: Made) -> str:
     """What the cut model was made from, besides the source."""
     repair = None if recipe.repair is None else recipe.effective()["repair"]
     return json.dumps([made.plan.to_json(), made.layout.kind, repair], sort_keys=True)
@@ -260,31 +260,27 @@ def _verified(folder: Path, reference: Reference | None, progress: Progress) -> 
 
 def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progress) -> None:
     """The manifest, the recipe with every default, the model card, the layer map and the HTML report."""
-    import yaml
+    from torch import get_num_threads
 
     from prunekit.report.card import read_inherited
     from prunekit.report.folder import versions, write_report
 
     made, data = result.made, result.to_json()
-    effective = recipe.effective()
-    text = yaml.safe_dump(effective, sort_keys=False, allow_unicode=True, width=110)
-    write_text(folder / RECIPE, text)
+    write_recipe(recipe, folder)
     source = made.source
     manifest = {
         "schema": 1,
         "versions": versions(),
+        "threads": get_num_threads(),
         "source": {
             "name": source.name,
             "kind": source.kind,
             "revision": source.revision,
-            "sha256": _digests(made.view, progress),
+            "sha256": source_digests(made.view, progress),
             "card": read_inherited(made.view.checkpoint.folder),
         },
-        "recipe": effective,
         "accepted": all(entry["ok"] for entry in result.expectations),
-        "plan": made.plan.to_json(),
-        "orders": [order.to_json() for order in made.orders],
-        **({"repair": dict(made.repair)} if made.repair else {}),
+        **derived(recipe, made),
         **{key: value for key, value in data.items() if key != "output"},
         "notes": [*_notes(recipe), *notes_of(result.heal)],
     }
@@ -292,10 +288,12 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
     write_report(folder)
 
 
-def _digests(view: ModelView, progress: Progress) -> dict[str, str]:
-    """SHA-256 of the source's configuration and weight files, by name."""
-    names = ["config.json", *sorted({info.file for info in view.checkpoint.tensors.values()})]
-    return sha256_files(view.checkpoint.folder, names, "digesting the source", progress)
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Writes the recipe with every default into an output folder."""
+    import yaml
+
+    text = yaml.safe_dump(recipe.effective(), sort_keys=False, allow_unicode=True, width=110)
+    write_text(folder / RECIPE, text)
 
 
 def _notes(recipe: Recipe) -> list[str]:

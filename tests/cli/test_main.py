@@ -27,6 +27,7 @@ VERBS = [
     "heal",
     "export",
     "verify",
+    "reproduce",
     "evaluate",
     "compare",
     "report",
