@@ -23,6 +23,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 # The format's own limit; larger claims come from damaged files.
 _MAX_HEADER = 100_000_000
 _MAX_JSON = 200_000_000
+_LONGEST_NAME = 200
 # Bytes of one value, by the codes of the safetensors format.
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
@@ -90,6 +91,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"no folder `{folder}`")
         config = _json_object(folder / CONFIG)
+        _check_names(config)
         where = _weight_map(folder)
         files = sorted(set(where.values())) if where is not None else [SINGLE]
         tensors: dict[str, TensorInfo] = {}
@@ -158,7 +160,9 @@ def _json_object(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"`{path.parent}` has no `{path.name}`", hint="a model is a Hugging Face folder")
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"`{path.name}` is larger than any real one", at=str(path))
-        found = json.loads(path.read_bytes(), parse_constant=_constant)
+        text = path.read_bytes()
+        found = json.loads(text, parse_constant=_constant)
+        _require_text(text, found)
     except OSError as error:
         raise CheckpointError(
             f"`{path.name}` cannot be read", why=error.strerror or str(error), at=str(path)
@@ -175,6 +179,25 @@ def _constant(name: str) -> float:
     if name == "NaN":
         raise ValueError("it holds NaN")
     return float(name)
+
+
+def _require_text(text: bytes, found: Any) -> None:
+    """Halves of characters, which JSON can write and no file can hold, are refused.
+
+    Raises:
+        ValueError: for a lone surrogate.
+    """
+    if b"\\ud" in text.lower():
+        json.dumps(found, ensure_ascii=False).encode()
+
+
+def _check_names(config: dict[str, Any]) -> None:
+    """The names of classes that every reader of a configuration relies on."""
+    model_type, classes = config.get("model_type", ""), config.get("architectures") or []
+    if not isinstance(model_type, str) or len(model_type) > _LONGEST_NAME:
+        raise CheckpointError("`model_type` is no name", why=f"it is {repr(model_type)[:100]}", at=CONFIG)
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError("`architectures` is no list of names", why=f"it is {repr(classes)[:100]}", at=CONFIG)
 
 
 def _first_words(error: BaseException) -> str:
@@ -231,6 +254,7 @@ def _header(path: Path, name: str) -> tuple[dict[str, TensorInfo], int]:
                 raise _damaged(name, f"its header claims {length} bytes, the file has {size}")
             text = opened.read(length)
         header = json.loads(text, object_pairs_hook=_no_twins)
+        _require_text(text, header)
     except OSError as error:
         raise CheckpointError(f"`{name}` cannot be read", why=error.strerror or str(error)) from error
     except (ValueError, RecursionError) as error:

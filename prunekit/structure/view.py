@@ -242,7 +242,11 @@ class ModelView:
     @property
     def active_experts(self) -> int:
         """Experts that a token passes in every block that has some, 0 in a model without."""
-        return int(self.text.get(self.arch.key("active_experts", self.text)) or 0)
+        key = self.arch.key("active_experts", self.text)
+        found = self.text.get(key) or 0
+        if not isinstance(found, int):
+            raise StructureError(f"`{key}` must be a whole number", why=f"it is {repr(found)[:100]}", at="config.json")
+        return found
 
     def sizes(self, sublayer: SubLayer) -> dict[str, int]:
         """Size of every axis in the layouts of a sub-layer's tensors."""
