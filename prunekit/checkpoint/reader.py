@@ -23,6 +23,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 # The format's own limit; larger claims come from damaged files.
 _MAX_HEADER = 100_000_000
 _MAX_JSON = 200_000_000
+# Names in messages are cut after so many characters.
 _LONGEST_NAME = 200
 # Bytes of one value, by the codes of the safetensors format.
 ITEM_BYTES = {
@@ -101,7 +102,9 @@ class Checkpoint:
             found, size = _header(path, name)
             twice = next((tensor for tensor in found if tensor in tensors), None)
             if twice is not None:
-                raise CheckpointError(f"tensor `{twice}` is in two files", why=f"{tensors[twice].file} and {name}")
+                raise CheckpointError(
+                    f"tensor `{twice[:_LONGEST_NAME]}` is in two files", why=f"{tensors[twice].file} and {name}"
+                )
             tensors |= found
             total += size
         if where is not None:
@@ -284,18 +287,21 @@ def _whole(value: Any) -> bool:
 
 
 def _entry(file: str, name: str, entry: Any, begin: int) -> TensorInfo:
+    shown = name[:_LONGEST_NAME]
     if not isinstance(entry, dict):
-        raise _damaged(file, f"tensor `{name}` has no description")
+        raise _damaged(file, f"tensor `{shown}` has no description")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _damaged(file, f"tensor `{name}` has the unknown type `{str(dtype)[:40]}`")
+        raise _damaged(file, f"tensor `{shown}` has the unknown type `{str(dtype)[:40]}`")
     if not isinstance(shape, list) or not all(map(_whole, shape)):
-        raise _damaged(file, f"tensor `{name}` has no shape")
+        raise _damaged(file, f"tensor `{shown}` has no shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
-        raise _damaged(file, f"tensor `{name}` has no place")
+        raise _damaged(file, f"tensor `{shown}` has no place")
     length = offsets[1] - offsets[0]
     if length != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _damaged(file, f"tensor `{name}` of shape {shape} cannot take {length} bytes as {dtype}")
+        raise _damaged(
+            file, f"tensor `{shown}` of shape {str(shape)[:_LONGEST_NAME]} cannot take {length} bytes as {dtype}"
+        )
     return TensorInfo(dtype, tuple(shape), file, begin + offsets[0], length)
 
 
@@ -314,9 +320,15 @@ def _check_index(where: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
     """The index and the files must name the same tensors in the same places."""
     for name, file in where.items():
         if name not in tensors:
-            raise CheckpointError(f"tensor `{name}` is missing", why=f"`{INDEX}` expects it in `{file}`")
+            raise CheckpointError(
+                f"tensor `{name[:_LONGEST_NAME]}` is missing", why=f"`{INDEX}` expects it in `{file[:_LONGEST_NAME]}`"
+            )
         if tensors[name].file != file:
-            raise CheckpointError(f"`{INDEX}` is damaged", why=f"tensor `{name}` lies in `{tensors[name].file}`")
+            raise CheckpointError(
+                f"`{INDEX}` is damaged", why=f"tensor `{name[:_LONGEST_NAME]}` lies in `{tensors[name].file}`"
+            )
     extra = next((name for name in tensors if name not in where), None)
     if extra is not None:
-        raise CheckpointError(f"`{INDEX}` is damaged", why=f"it does not name tensor `{extra}` of its files")
+        raise CheckpointError(
+            f"`{INDEX}` is damaged", why=f"it does not name tensor `{extra[:_LONGEST_NAME]}` of its files"
+        )
