@@ -4,7 +4,7 @@
 
 Every verb is a process of its own in a control group with the limit, which counts the page cache too and takes it back
 where it must; where no group can be made (it takes root), the peak is measured all the same and `limited_by` says so.
-FOLDER takes twice the size of the checkpoint and is emptied at the end.
+FOLDER takes the checkpoint and what is left of it, and is emptied at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -23,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from make_checkpoint import write_checkpoint
-from surgery_speed import cpu
+from surgery_speed import LAUNCHER, cpu
 
 GROUPS = ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max"))
 RUN = "from prunekit.cli.main import main; import sys; sys.exit(main(sys.argv[1:]))"
@@ -55,21 +56,14 @@ class Group:
 
 def run(group: Group, *words: object) -> dict[str, object]:
     """Seconds and peak resident set of one verb."""
-    begin = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        group.enter()
-        with open(os.devnull, "w") as sink:
-            os.dup2(sink.fileno(), 1)
-        os.execve(sys.executable, [sys.executable, "-c", RUN, *map(str, words)], os.environ | {"HF_HUB_OFFLINE": "1"})
-    _, status, used = os.wait4(child, 0)
-    if status:
-        raise SystemExit(f"{words} ended with {os.waitstatus_to_exitcode(status)}")
-    return {
-        "seconds": round(time.perf_counter() - begin, 1),
-        "cpu_s": round(used.ru_utime + used.ru_stime, 1),
-        "peak_rss_mb": round(used.ru_maxrss * 1024 / 1e6),
-    }
+    # As in surgery_speed: the kernel counts the memory of whoever starts a program as the program's.
+    command = [sys.executable, "-I", "-S", "-c", LAUNCHER, sys.executable, "-c", RUN, *map(str, words)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, env=environment, preexec_fn=group.enter)
+    if done.returncode:
+        raise SystemExit(f"{words} failed:\n{done.stderr.decode(errors='replace')[-3000:]}")
+    seconds, _, cpu_s, peak_kib = json.loads(done.stdout)
+    return {"seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1), "peak_rss_mb": round(peak_kib * 1024 / 1e6)}
 
 
 def size_gb(folder: Path) -> float:
@@ -81,6 +75,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/bigger"), help="folder for everything big")
     parser.add_argument("--gigabytes", type=float, default=20.5)
     parser.add_argument("--limit-gb", type=float, default=2.0)
+    parser.add_argument("--remove", type=float, default=0.1, help="fraction of the blocks to drop")
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     given = parser.parse_args()
 
@@ -92,7 +87,7 @@ def main() -> None:
     print(f"written in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     os.sync()
     group = Group(int(given.limit_gb * 1e9))
-    steps = [{"remove": "blocks", "by": {"score": "gardener"}, "budget": {"remove": 0.1}}]
+    steps = [{"remove": "blocks", "by": {"score": "gardener"}, "budget": {"remove": given.remove}}]
     (work / "recipe.json").write_text(json.dumps({"schema": 1, "model": {"source": str(source)}, "steps": steps}))
     verbs: dict[str, tuple[object, ...]] = {
         "inspect": ("inspect", source),
