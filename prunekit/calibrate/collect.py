@@ -63,7 +63,7 @@ def collect(
         needs: names of observers, as the `needs` of scores list them. Repeats count once; none gives an empty result
             without running the model.
         progress: shown as sequences.
-        batch_size: sequences run at once.
+        batch_size: sequences run at once; all of them where weights stay in files, so that each is read once.
     Returns:
         Float32 statistics on the CPU, by the keys that the observers document.
     """
@@ -84,6 +84,7 @@ def observe(
     sequences = next(iter(inputs.values())).shape[0]
     if not observers:
         return observers
+    batch_size = sequences if stack.offloaded else batch_size
     with torch.no_grad(), progress.task("calibrating", total=sequences, unit="sequences") as task:
         for first in range(0, sequences, batch_size):
             part = {name: value[first : first + batch_size] for name, value in inputs.items()}

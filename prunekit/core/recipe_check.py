@@ -28,6 +28,9 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
     """
     problems: list[Problem] = []
     steps = data.get("steps")
+    if not steps and steps in (None, []) and data.get("vocab") is None:
+        hint = "give `steps`, a list of removals, or `vocab`"
+        problems.append(Problem("the recipe removes nothing", ("steps",), hint=hint))
     for index, step in enumerate(steps if isinstance(steps, list) else []):
         if isinstance(step, Mapping) and "rewire" not in step:
             path: KeyPath = ("steps", index)
@@ -37,6 +40,7 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
     problems += _after_cut(data, "repair", REPAIRS, Repair)
     problems += _after_cut(data, "heal", HEALS, Heal)
     problems += _heal(data)
+    problems += _vocab(data)
     problems += _select(data)
     problems += _export(data)
     problems += _require(data)
@@ -202,6 +206,18 @@ def _heal(data: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 "`prompts` is for text that the teacher writes", ("heal", "data", index, "prompts"), hint=hint
             )
+
+
+def _vocab(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """What compares the ids or logits of the models before and after, which a smaller vocabulary numbers anew."""
+    if data.get("vocab") is None:
+        return
+    if data.get("heal") is not None:
+        why = "the teacher's tokens have other ids"
+        yield Problem("`heal` does not go with `vocab`", ("heal",), why=why, hint="heal first, then trim the folder")
+    if _inside(data, "evaluate", "embedding") is not None:
+        why = "the models read other ids"
+        yield Problem("`evaluate.embedding` does not go with `vocab`", ("evaluate", "embedding"), why=why)
 
 
 def _which(role: str, name: str) -> str:

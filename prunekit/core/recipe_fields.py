@@ -21,7 +21,6 @@ NOT_BUILT = {
     ("steps", "rewire"): "rewiring is not built yet; steps remove units",
 }
 _NOT_BUILT_VALUES = {
-    ("remove", "vocab"),
     ("formats", "gguf"),
     ("formats", "nemotron_nas"),
     ("formats", "masked"),

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_o
 from prunekit.pipeline.origins import derived, source_digests
 from prunekit.pipeline.repair import as_stored, put_into, repair_inputs, with_repair
 from prunekit.plan.loads import loads
+from prunekit.plan.plan import VOCAB
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe
@@ -196,7 +197,12 @@ def _finish(
 
 def _measured(measurer: Measurer, made: Made, dense: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measurements of the dense model and of the cut one."""
+    from prunekit.modeling.load import load_tokenizer
+
     before = {**asdict(made.before), "file_bytes": made.view.checkpoint.file_bytes, **measurer.measure(dense, dense)}
+    if VOCAB in made.plan.keep and measurer.tokenizer is not None:
+        # The result numbers its tokens anew.
+        measurer = replace(measurer, tokenizer=load_tokenizer(folder, measurer.recipe.model.trust_remote_code))
     return before, {**asdict(made.after), **_again(measurer, dense, folder)}
 
 

@@ -15,7 +15,8 @@ from prunekit.core.errors import PlanError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
 from prunekit.core.types import Order, Scores
-from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, selected_batch, tokenizer_for
+from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, offloaded, selected_batch, tokenizer_for
+from prunekit.pipeline.trim import with_vocabulary
 from prunekit.pipeline.weights import reading
 from prunekit.plan.after import after
 from prunekit.plan.allocate import Scored, allocate
@@ -53,6 +54,7 @@ class Made:
         after: cost of what the plan leaves.
         orders: what each step's method said, in order.
         repaired: new output projections by the address of their sub-layer.
+        vocab: what the trimming of the vocabulary says about itself; empty without one.
         repair: what the repair says about itself; empty without one.
     """
 
@@ -65,6 +67,7 @@ class Made:
     orders: tuple[Scores | Order, ...]
     repaired: Mapping[str, Projection] = field(default_factory=dict)
     repair: Mapping[str, Any] = field(default_factory=dict)
+    vocab: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = silent) -> Made:
@@ -91,7 +94,8 @@ def make_plan(recipe: Recipe, progress: Progress = NULL_PROGRESS, talk: Talk = s
         orders.append(found)
     require_met(recipe, view, plan)
     layout = choose_layout(view, plan, recipe.export.layout)
-    return Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders))
+    made = Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders))
+    return with_vocabulary(recipe, made, talk)
 
 
 class Bench:
@@ -138,7 +142,8 @@ class Bench:
             engine.apply(self.source, self.plan, folder, progress=self.progress, layout=layout)
         device = device_of(self.recipe)
         dtype = dtype_of(self.recipe, self.source, device)
-        return Stack(load_model(folder, dtype, device, self.recipe.model.trust_remote_code))
+        offload = offloaded(self.recipe, self.source, device, dtype)
+        return Stack(load_model(folder, dtype, device, self.recipe.model.trust_remote_code, offload))
 
 
 def _choose(step: Step, bench: Bench) -> tuple[Plan, Scores | Order]:

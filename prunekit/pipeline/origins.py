@@ -40,6 +40,8 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for number, step in enumerate(recipe.steps):
         if isinstance(step.by.knobs.get("file"), str):
             yield f"steps.{number}.by.file", step.by.knobs["file"]
+    if recipe.vocab is not None:
+        yield "vocab.data", recipe.vocab.data
     if recipe.repair is not None:
         yield "repair.calibrate.data", recipe.repair.calibrate.data
     for number, text in enumerate(recipe.heal.data if recipe.heal is not None else ()):
@@ -55,6 +57,7 @@ def derived(recipe: Recipe, made: Made) -> dict[str, Any]:
         "recipe": recipe.effective(),
         "plan": made.plan.to_json(),
         "orders": [order.to_json() for order in made.orders],
+        **({"vocab": dict(made.vocab)} if made.vocab else {}),
         **({"repair": dict(made.repair)} if made.repair else {}),
         "layout": made.layout.kind,
         "loads": loads(made.view, made.plan, made.layout),

@@ -48,15 +48,23 @@ def cost(view: ModelView, plan: Plan | None = None) -> Cost:
         if plan is None or sublayer.address not in plan.drop
     ]
     parts = [part for sublayer, widths in left for part in _counts(view, sublayer, widths)]
-    outer = [(ref, math.prod(ref.shape)) for ref in view.outer]
+    outer = [(ref, _outer_count(view, ref, plan)) for ref in view.outer]
     outer_matrices = [ref for ref in (view.head, view.projection) if ref is not None]
     return Cost(
         params=sum(count for _, count in (*parts, *outer)),
         block_params=sum(count for _, count in parts),
-        flops_per_token=_flops(view, parts) + sum(2 * math.prod(ref.shape) for ref in outer_matrices),
+        flops_per_token=_flops(view, parts) + sum(2 * _outer_count(view, ref, plan) for ref in outer_matrices),
         kv_bytes_per_token=sum(_kv_bytes(view, sublayer, widths) for sublayer, widths in left),
         weight_bytes=sum(count * ITEM_BYTES[ref.dtype] for ref, count in (*parts, *outer)),
     )
+
+
+def _outer_count(view: ModelView, ref: TensorRef, plan: Plan | None) -> int:
+    """Weights of a tensor outside blocks, of which a plan may leave fewer rows."""
+    kept = plan.keep.get("vocab") if plan is not None else None
+    count = math.prod(ref.shape)
+    rows = kept is not None and view.is_rows(ref)
+    return count // view.vocabulary * len(kept or ()) if rows else count
 
 
 def unit_cost(view: ModelView, address: str, of: str) -> float:

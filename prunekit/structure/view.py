@@ -21,6 +21,8 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
     "neurons": ("ffn", "ffn"),
     "experts": ("ffn", "experts"),
 }
+# Parts of heads that architecture files do not name one by one.
+_HEADS = re.compile(r".*(?:predictions|decoder|lm_head|vocab_projector)\.(?:weight|bias)")
 _PARTS = {"part": 3, "half": 2}
 
 
@@ -211,6 +213,18 @@ class ModelView:
         default = self.model_type in self.arch.tied
         said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings", default))
         return bool(not stored and named and said)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding, 0 where there is none."""
+        table = self._outer_like(self.arch.table)
+        return table.shape[0] if table is not None and ("vocab",) in table.layout else 0
+
+    def is_rows(self, ref: TensorRef) -> bool:
+        """Whether the rows of a tensor outside blocks are those of the vocabulary."""
+        if ("vocab",) in ref.layout:
+            return ref.layout[0] == ("vocab",)
+        return ref.shape[:1] == (self.vocabulary,) and _HEADS.fullmatch(ref.name) is not None
 
     def _outer_like(self, pattern: str) -> TensorRef | None:
         return next((ref for ref in self.outer if pattern and re.fullmatch(pattern, ref.name)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +16,12 @@ from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.plan.cost import kept_experts
 from prunekit.plan.layout import Layout, choose_layout
-from prunekit.plan.plan import Plan
+from prunekit.plan.plan import VOCAB, Plan
 from prunekit.structure.view import ModelView, SubLayer, TensorRef
 from prunekit.surgery.config import cut_config
 from prunekit.surgery.sidecar import model_files, write_model_files
 from prunekit.surgery.slices import cut_pieces, cut_shape, cuts_of
+from prunekit.surgery.vocabulary import cut_ids, write_vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +61,7 @@ def apply(
     plan.check(view)
     layout = choose_layout(view, plan) if layout is None else layout
     _require_complete(view, plan, layout)
-    config = cut_config(view, plan, layout)
+    config = cut_ids(cut_config(view, plan, layout), view, plan)
     source = view.checkpoint.folder
     others = model_files(source)
     tensors = sorted(_tensors(view, plan, layout, replaced or {}), key=lambda pair: _place(view, pair[0]))
@@ -67,6 +69,8 @@ def apply(
     with disk_errors(folder):
         write_json(folder / "config.json", config)
         write_model_files(source, others, folder)
+        if VOCAB in plan.keep:
+            write_vocabulary(source, folder, plan.keep[VOCAB])
         if layout.kind == "heterogeneous":
             shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)
     return layout
@@ -97,7 +101,7 @@ def _tensors(
     """Every tensor of the result beside the one it comes from."""
     cuts = cuts_of(plan)
     for ref in view.outer:
-        yield ref, OutTensor(ref.name, ref.dtype, ref.shape, _stored(view, ref))
+        yield ref, _outer(view, plan, ref)
     for new, sublayer in _placed(view, layout):
         sizes, keep = view.sizes(sublayer), cuts.get(sublayer.address, {})
         experts = kept_experts(sublayer, plan)
@@ -112,6 +116,16 @@ def _tensors(
                 content = partial(cut_pieces, view.checkpoint, ref, sizes, keep)
             expert = None if ref.expert is None else experts[ref.expert]
             yield ref, OutTensor(view.arch.renumbered(ref.name, new, expert), ref.dtype, shape, content)
+
+
+def _outer(view: ModelView, plan: Plan, ref: TensorRef) -> OutTensor:
+    """A tensor outside blocks, without the vocabulary rows that go."""
+    if VOCAB not in plan.keep or not view.is_rows(ref):
+        return OutTensor(ref.name, ref.dtype, ref.shape, _stored(view, ref))
+    rows = replace(ref, layout=((VOCAB,), *ref.layout[1:]))
+    keep = {VOCAB: plan.keep[VOCAB]}
+    shape = (len(plan.keep[VOCAB]), *ref.shape[1:])
+    return OutTensor(ref.name, ref.dtype, shape, partial(cut_pieces, view.checkpoint, rows, {}, keep))
 
 
 def _stored(view: ModelView, ref: TensorRef) -> Stored:

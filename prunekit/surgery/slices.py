@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import SurgeryError
-from prunekit.plan.plan import Plan
+from prunekit.plan.plan import VOCAB, Plan
 from prunekit.structure.architecture import Layout, dim_size, sections
 from prunekit.structure.view import WIDTHS, TensorRef
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Keep = Mapping[str, Sequence[int]]
 # Head width and hidden width are never cut: softmax scale, rotary positions and norms depend on them.
-CUTTABLE = frozenset(axis for _, axis in WIDTHS.values())
+CUTTABLE = frozenset((*(axis for _, axis in WIDTHS.values()), VOCAB))
 _PIECE_BYTES = 64 << 20
 
 
@@ -90,6 +90,8 @@ def cuts_of(plan: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     """
     cuts: dict[str, dict[str, tuple[int, ...]]] = {}
     for group, kept in plan.keep.items():
+        if group == VOCAB:
+            continue
         address, _, kind = group.rpartition(".")
         if kind not in WIDTHS:
             raise SurgeryError(f"`{group}` cannot be cut", why=f"widths are {', '.join(WIDTHS)}")
@@ -108,7 +110,7 @@ def _selected(tensor: Tensor, place: int, positions: Sequence[int] | Tensor) -> 
 def _require_cuttable(keep: Keep) -> None:
     for axis in keep:
         if axis not in CUTTABLE:
-            why = "only KV groups, query heads, neurons and experts can go; other widths change what the rest computes"
+            why = "only heads, neurons, experts and vocabulary rows can go; other widths change what the rest computes"
             raise SurgeryError(f"axis `{axis}` cannot be cut", why=why)
 
 

@@ -47,7 +47,7 @@ ONE = {
     "mapping for list": (GOOD + "export: {formats: onnx}\n", 7, "export.formats", "must be a list", ""),
     "too small": (GOOD + "calibrate: {length_tokens: 1}\n", 7, "calibrate.length_tokens", "at least 2", ""),
     "empty text": (GOOD.replace("some-model", "''"), 2, "model.source", "must not be empty", ""),
-    "no steps": ("schema: 1\nmodel: {source: m}\nsteps: []\n", 3, "steps", "must not be empty", ""),
+    "no steps": ("schema: 1\nmodel: {source: m}\nsteps: []\n", 3, "steps", "the recipe removes nothing", ""),
     "device": (GOOD.replace("some-model", "m, device: gpu"), 2, "model.device", "`device: gpu`", "cuda:1"),
     "misspelt kind": (step(remove="blcoks"), 4, "steps.0.remove", "`remove: blcoks` is not allowed", "`blocks`"),
     "infinite": (step(budget="{remove: .inf}"), 6, "steps.0.budget.remove", "must be a finite number", ""),

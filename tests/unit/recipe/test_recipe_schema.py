@@ -71,7 +71,7 @@ def test_schema_takes_the_short_form_of_evaluations() -> None:
 def test_schema_calls_the_version_schema() -> None:
     schema = json_schema()
     assert schema["properties"]["schema"]["const"] == 1
-    assert set(schema["required"]) == {"schema", "model", "steps"}
+    assert set(schema["required"]) == {"schema", "model"}
 
 
 def test_card_reads_everything_from_the_class() -> None:
