@@ -124,7 +124,7 @@ ONE = {
                                   "heal.data.0.prompts", "the teacher writes", "data: teacher"),
     "runtime": (GOOD + "runtime: {}\n", 7, "runtime", "`runtime` is not built yet", "known here"),
     "rewire": (GOOD + "  - rewire: kv_heads\n    to: {groups: 1}\n", 7, "steps.1.rewire", "not built yet", "remove"),
-    "vocab": (step("vocab"), 4, "steps.0.remove", "`remove: vocab` is not built yet", "kv_groups"),
+    "vocab": (step("vocab"), 4, "steps.0.remove", "the vocabulary is a section of its own", "beside `steps`"),
     "gguf": (GOOD + "export: {formats: [safetensors, gguf]}\n", 7, "export.formats.1", "not built yet", "onnx"),
     "unknown format": (GOOD + "export: {formats: [safetensors, onxn]}\n", 7, "export.formats.1", "onxn", "`onnx`"),
     "double key": (GOOD + "model: {source: x}\n", 7, "model", "`model` appears twice", "line 2"),
