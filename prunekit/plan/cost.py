@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prunekit.checkpoint.reader import ITEM_BYTES
 from prunekit.core.errors import PlanError
+from prunekit.plan.plan import VOCAB
 from prunekit.structure.architecture import dim_size
 from prunekit.structure.view import WIDTHS
 
@@ -61,7 +62,7 @@ def cost(view: ModelView, plan: Plan | None = None) -> Cost:
 
 def _outer_count(view: ModelView, ref: TensorRef, plan: Plan | None) -> int:
     """Weights of a tensor outside blocks, of which a plan may leave fewer rows."""
-    kept = plan.keep.get("vocab") if plan is not None else None
+    kept = plan.keep.get(VOCAB) if plan is not None else None
     count = math.prod(ref.shape)
     rows = kept is not None and view.is_rows(ref)
     return count // view.vocabulary * len(kept or ()) if rows else count
