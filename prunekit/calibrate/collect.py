@@ -59,7 +59,7 @@ def collect(
     progress: Progress = NULL_PROGRESS,
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """Statistics of a model on a batch, all from one pass, a sequence at a time.
+    """Statistics of a model on a batch, all from one pass.
 
     Args:
         stack: the model, run sub-layer by sub-layer.
@@ -67,7 +67,8 @@ def collect(
         needs: names of observers, as the `needs` of scores list them. Repeats count once; none gives an empty result
             without running the model.
         progress: shown as sequences.
-        ranks: processes that share the sequences; all of them get the same, bit for bit that of one alone.
+        ranks: processes that share the sequences; all of them get the same, bit for bit that of one alone. Where
+            weights stay in files, a rank runs its whole share at once, so that each weight is read once.
     Returns:
         Float32 statistics on the CPU, by the keys that the observers document.
     """
@@ -76,16 +77,17 @@ def collect(
         return {}
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     sequences = next(iter(inputs.values())).shape[0]
+    width = -(-sequences // ranks.size) if stack.offloaded else 1
     with torch.no_grad(), progress.task("calibrating", total=sequences, unit="sequences") as task:
-        for first in range(0, sequences, ranks.size):
-            row = first + ranks.rank
-            mine = {name: value[row : row + 1] for name, value in inputs.items()}
+        for first in range(0, sequences, ranks.size * width):
+            row = first + ranks.rank * width
+            mine = {name: value[row : row + width] for name, value in inputs.items()}
             # In the order of the sequences, whoever ran them: sums of floats depend on it.
             for part in ranks.gather(_seen(stack, mine, tuple(observers)) if row < sequences else {}):
                 for name, observer in observers.items():
                     begin = f"{name}/"
                     observer.merge({k.removeprefix(begin): v for k, v in part.items() if k.startswith(begin)})
-            task.advance(min(ranks.size, sequences - first))
+            task.advance(min(ranks.size * width, sequences - first))
     return {key: value for observer in observers.values() for key, value in observer.value().items()}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prunekit.core.errors import StructureError
 from prunekit.modeling.modeling_prunekit import blocks_of, has_output_projection, output_projection, present, skip
+from prunekit.modeling.offload import is_offloaded
 
 KINDS = ("attention", "ffn")
 # Relative to the largest logit: two orders of the same sums differ by 1e-6 in float32 and 1e-2 in bfloat16.
@@ -87,6 +88,7 @@ class Stack:
         passes_on = model.can_generate() and any(each.kind is each.VAR_KEYWORD for each in taken.values())
         self._no_cache = {"use_cache": False} if "use_cache" in taken or passes_on else {}
         self._found_way: str | None = None
+        self.offloaded = is_offloaded(model)
 
     def enter(self, inputs: Mapping[str, Tensor]) -> State:
         """Runs what comes before the blocks.
@@ -94,7 +96,9 @@ class Stack:
         Args:
             inputs: the model's inputs by name, sequences first in each.
         """
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        # Weights that stay in files have no place of their own; they are read into the CPU's memory.
+        device = "cpu" if self.offloaded else self.model.device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         hidden, calls = self._before_blocks(inputs)
         mask = inputs.get("attention_mask")
         padded = mask is not None and mask.shape == hidden.shape[:2] and not bool(mask.bool().all())
@@ -380,6 +384,8 @@ def _alone(block: torch.nn.Module, kind: str) -> torch.nn.Module:
     alone = copy.copy(block)
     # A copied module shares the dictionary of its parts, and bypassing replaces parts.
     alone.__dict__["_modules"] = dict(block._modules)
+    # Where weights stay in files, accelerate has hung up a forward that is bound to the whole block.
+    alone.__dict__.pop("forward", None)
     other = KINDS[1 - KINDS.index(kind)]
     if present(alone, other):
         skip(alone, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Iterator
 from importlib.resources import files
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.core.errors import UsageError
+from prunekit.core.files import sha256_file, sha256_files
 
 # `wikitext2` is for calibration, `wikitext2_eval` for evaluation; they share no article.
 PACKAGED = ("wikitext2", "wikitext2_eval")
@@ -30,6 +32,20 @@ def load_text(name_or_path: str) -> str:
     if not text.strip():
         raise UsageError(f"`{name_or_path}` holds no text")
     return text
+
+
+def data_digest(name_or_path: str) -> str | None:
+    """SHA-256 of what a name or a path stands for, of a folder over all its files; None where there is no such file."""
+    if name_or_path in PACKAGED:
+        return hashlib.sha256(_packaged(name_or_path).encode()).hexdigest()
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        return None
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    found = sha256_files(path, names)
+    return hashlib.sha256("".join(f"{name}\0{value}\0" for name, value in found.items()).encode()).hexdigest()
 
 
 def _packaged(name: str) -> str:

@@ -23,6 +23,8 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 # The format's own limit; larger claims come from damaged files.
 _MAX_HEADER = 100_000_000
 _MAX_JSON = 200_000_000
+# Names in messages are cut after so many characters.
+_LONGEST_NAME = 200
 # Bytes of one value, by the codes of the safetensors format.
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
@@ -90,6 +92,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"no folder `{folder}`")
         config = _json_object(folder / CONFIG)
+        _check_names(config)
         where = _weight_map(folder)
         files = sorted(set(where.values())) if where is not None else [SINGLE]
         tensors: dict[str, TensorInfo] = {}
@@ -99,7 +102,9 @@ class Checkpoint:
             found, size = _header(path, name)
             twice = next((tensor for tensor in found if tensor in tensors), None)
             if twice is not None:
-                raise CheckpointError(f"tensor `{twice}` is in two files", why=f"{tensors[twice].file} and {name}")
+                raise CheckpointError(
+                    f"tensor `{twice[:_LONGEST_NAME]}` is in two files", why=f"{tensors[twice].file} and {name}"
+                )
             tensors |= found
             total += size
         if where is not None:
@@ -158,7 +163,9 @@ def _json_object(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"`{path.parent}` has no `{path.name}`", hint="a model is a Hugging Face folder")
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"`{path.name}` is larger than any real one", at=str(path))
-        found = json.loads(path.read_bytes(), parse_constant=_constant)
+        text = path.read_bytes()
+        found = json.loads(text, parse_constant=_constant)
+        _require_text(text, found)
     except OSError as error:
         raise CheckpointError(
             f"`{path.name}` cannot be read", why=error.strerror or str(error), at=str(path)
@@ -175,6 +182,25 @@ def _constant(name: str) -> float:
     if name == "NaN":
         raise ValueError("it holds NaN")
     return float(name)
+
+
+def _require_text(text: bytes, found: Any) -> None:
+    """Halves of characters, which JSON can write and no file can hold, are refused.
+
+    Raises:
+        ValueError: for a lone surrogate.
+    """
+    if b"\\ud" in text.lower():
+        json.dumps(found, ensure_ascii=False).encode()
+
+
+def _check_names(config: dict[str, Any]) -> None:
+    """The names of classes that every reader of a configuration relies on."""
+    model_type, classes = config.get("model_type", ""), config.get("architectures") or []
+    if not isinstance(model_type, str) or len(model_type) > _LONGEST_NAME:
+        raise CheckpointError("`model_type` is no name", why=f"it is {repr(model_type)[:100]}", at=CONFIG)
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError("`architectures` is no list of names", why=f"it is {repr(classes)[:100]}", at=CONFIG)
 
 
 def _first_words(error: BaseException) -> str:
@@ -231,6 +257,7 @@ def _header(path: Path, name: str) -> tuple[dict[str, TensorInfo], int]:
                 raise _damaged(name, f"its header claims {length} bytes, the file has {size}")
             text = opened.read(length)
         header = json.loads(text, object_pairs_hook=_no_twins)
+        _require_text(text, header)
     except OSError as error:
         raise CheckpointError(f"`{name}` cannot be read", why=error.strerror or str(error)) from error
     except (ValueError, RecursionError) as error:
@@ -260,18 +287,21 @@ def _whole(value: Any) -> bool:
 
 
 def _entry(file: str, name: str, entry: Any, begin: int) -> TensorInfo:
+    shown = name[:_LONGEST_NAME]
     if not isinstance(entry, dict):
-        raise _damaged(file, f"tensor `{name}` has no description")
+        raise _damaged(file, f"tensor `{shown}` has no description")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _damaged(file, f"tensor `{name}` has the unknown type `{str(dtype)[:40]}`")
+        raise _damaged(file, f"tensor `{shown}` has the unknown type `{str(dtype)[:40]}`")
     if not isinstance(shape, list) or not all(map(_whole, shape)):
-        raise _damaged(file, f"tensor `{name}` has no shape")
+        raise _damaged(file, f"tensor `{shown}` has no shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
-        raise _damaged(file, f"tensor `{name}` has no place")
+        raise _damaged(file, f"tensor `{shown}` has no place")
     length = offsets[1] - offsets[0]
     if length != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _damaged(file, f"tensor `{name}` of shape {shape} cannot take {length} bytes as {dtype}")
+        raise _damaged(
+            file, f"tensor `{shown}` of shape {str(shape)[:_LONGEST_NAME]} cannot take {length} bytes as {dtype}"
+        )
     return TensorInfo(dtype, tuple(shape), file, begin + offsets[0], length)
 
 
@@ -290,9 +320,15 @@ def _check_index(where: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
     """The index and the files must name the same tensors in the same places."""
     for name, file in where.items():
         if name not in tensors:
-            raise CheckpointError(f"tensor `{name}` is missing", why=f"`{INDEX}` expects it in `{file}`")
+            raise CheckpointError(
+                f"tensor `{name[:_LONGEST_NAME]}` is missing", why=f"`{INDEX}` expects it in `{file[:_LONGEST_NAME]}`"
+            )
         if tensors[name].file != file:
-            raise CheckpointError(f"`{INDEX}` is damaged", why=f"tensor `{name}` lies in `{tensors[name].file}`")
+            raise CheckpointError(
+                f"`{INDEX}` is damaged", why=f"tensor `{name[:_LONGEST_NAME]}` lies in `{tensors[name].file}`"
+            )
     extra = next((name for name in tensors if name not in where), None)
     if extra is not None:
-        raise CheckpointError(f"`{INDEX}` is damaged", why=f"it does not name tensor `{extra}` of its files")
+        raise CheckpointError(
+            f"`{INDEX}` is damaged", why=f"it does not name tensor `{extra[:_LONGEST_NAME]}` of its files"
+        )

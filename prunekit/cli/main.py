@@ -35,6 +35,7 @@ _ORDER = (
     "heal",
     "export",
     "verify",
+    "reproduce",
     "evaluate",
     "compare",
     "report",

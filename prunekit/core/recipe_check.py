@@ -31,21 +31,22 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
     """
     problems: list[Problem] = []
     steps = data.get("steps")
+    if not steps and steps in (None, []) and data.get("learn") is None and data.get("vocab") is None:
+        hint = "give `steps`, a list of removals, `learn` or `vocab`"
+        problems.append(Problem("the recipe removes nothing", ("steps",), hint=hint))
     for index, step in enumerate(steps if isinstance(steps, list) else []):
         if isinstance(step, Mapping) and "rewire" not in step:
             path: KeyPath = ("steps", index)
             problems += _budget(step, path)
             problems += _alternating(step, path)
             problems += _method(step, path)
-    if "steps" not in data and data.get("learn") is None:
-        hint = "a list of removals, each with `remove`, `by` and `budget`"
-        problems.append(Problem("`steps` is missing", ("steps",), hint=hint))
     problems += _latency_steps(data)
     problems += _section(data, "repair", REPAIRS, Repair)
     for model, registry in ((Learn, GATES), (Heal, HEALS)):
         problems += _section(data, model.section, registry, model)
         problems += _training(data, model)
     problems += _learn(data)
+    problems += _vocab(data)
     for part in ("calibrate", "learn", "heal"):
         problems += _select(data, part)
     problems += _export(data)
@@ -266,6 +267,19 @@ def _training(data: Mapping[str, Any], model: type[Training]) -> Iterator[Proble
             hint = "take it out, or write `data: teacher`"
             place = (section, "data", index, "prompts")
             yield Problem("`prompts` is for text that the teacher writes", place, hint=hint)
+
+
+def _vocab(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """What compares the ids or logits of the models before and after, which a smaller vocabulary numbers anew."""
+    if data.get("vocab") is None:
+        return
+    if data.get("heal") is not None:
+        why = "the teacher's tokens have other ids"
+        yield Problem("`heal` does not go with `vocab`", ("heal",), why=why, hint="heal first, then trim the folder")
+    for name in ("embedding", "kl"):
+        if _inside(data, "evaluate", name) is not None:
+            why = "the models read other ids"
+            yield Problem(f"`evaluate.{name}` does not go with `vocab`", ("evaluate", name), why=why)
 
 
 def _which(role: str, name: str) -> str:

@@ -20,7 +20,6 @@ NOT_BUILT = {
     ("steps", "rewire"): "rewiring is not built yet; steps remove units",
 }
 _NOT_BUILT_VALUES = {
-    ("remove", "vocab"),
     ("layout", "masked"),
 }
 _SHAPES = {
@@ -175,6 +174,9 @@ def _not_allowed(said: str, path: KeyPath, value: Any, expected: str) -> Problem
     names = [part for part in path if isinstance(part, str)]
     if names and (names[-1], value) in _NOT_BUILT_VALUES:
         return Problem(f"{said} is not built yet", path, hint=listed)
+    if names[-1:] == ["remove"] and value == "vocab":
+        hint = "write `vocab: {data: wikitext2, coverage: 1.0}` beside `steps`"
+        return Problem("the vocabulary is a section of its own", path, hint=hint)
     if names == ["schema"]:
         return Problem(f"{said} is not a version this prunekit reads", path, hint=listed)
     return Problem(f"{said} is not allowed", path, why=listed, hint=near(value, allowed))

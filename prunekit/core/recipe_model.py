@@ -57,6 +57,13 @@ class Model(Part):
         default=None, description="Type to compute in; null chooses by device. Weights keep the type they have on disk."
     )
     device: StrictStr = Field(default="auto", pattern=DEVICES, description="`auto`, `cpu`, `mps`, `cuda` or `cuda:1`.")
+    offload: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description=(
+            "On a CPU, leave weights in their files while methods calibrate, and read each block when it is its turn: "
+            "`auto` does where the model does not fit into free memory."
+        ),
+    )
     trust_remote_code: StrictBool = Field(
         default=False, description="Run the code that the model's folder brings along."
     )
@@ -124,6 +131,25 @@ class Repair(Part):
     @model_serializer
     def _flatten(self) -> dict[str, Any]:
         return {"method": self.method, **self.knobs, "calibrate": self.calibrate.model_dump()}
+
+
+class Vocab(Part):
+    """Which tokens stay: the most frequent of a text, with what they are built from, special ones and characters."""
+
+    data: StrictStr = Field(
+        default="wikitext2", min_length=1, description="As for `calibrate.data`; all of it is read."
+    )
+    keep: StrictInt | None = Field(default=None, ge=1, description="Tokens that stay; give this or `coverage`.")
+    coverage: StrictFloat | None = Field(
+        default=None, gt=0, le=1, description="Share of the text's tokens that stay; 1.0 keeps all that come up in it."
+    )
+    multiple_of: StrictInt = Field(default=1, ge=1, description="Rows that stay are a multiple of this, rounded up.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Vocab:
+        if (self.keep is None) == (self.coverage is None):
+            raise ValueError("give `keep`, a count, or `coverage`, a share such as 1.0")
+        return self
 
 
 class Budget(Part):
@@ -220,9 +246,12 @@ class Recipe(Part):
     model: Model = Field(description="Which model is pruned, and how it is loaded.")
     calibrate: Calibrate = Field(default=Calibrate(), description="Text that methods run the model on.")
     steps: tuple[Step, ...] = Field(
-        default=(), min_length=1, description="Removals, one after the other; may be missing where `learn` removes."
+        default=(), description="Removals, one after the other; none only where `learn` or `vocab` removes."
     )
     learn: Learn | None = Field(default=None, description="Masks learned by training, after the steps.")
+    vocab: Vocab | None = Field(
+        default=None, description="Vocabulary rows that a text does not need go, after the steps."
+    )
     require: tuple[Target, ...] = Field(
         default=(),
         description="Where the result must load; the steps obey what is needed for that, or the recipe fails at once.",
@@ -245,11 +274,12 @@ class Recipe(Part):
             measured |= _all_knobs(TASKS, asked.task, asked.options)
         if self.repair is not None:
             knobs = _all_knobs(REPAIRS, self.repair.method, self.repair.knobs)
-            data["repair"] = {**data["repair"], **knobs}
-        if self.learn is not None:
-            data["learn"] = {**data["learn"], **_all_knobs(GATES, self.learn.method, self.learn.knobs)}
-        if self.heal is not None:
-            data["heal"] = {**data["heal"], **_all_knobs(HEALS, self.heal.method, self.heal.knobs)}
+            data["repair"] = {"method": self.repair.method, **knobs, **data["repair"], **knobs}
+        for section, registry in ((self.learn, GATES), (self.heal, HEALS)):
+            if section is not None:
+                knobs = _all_knobs(registry, section.method, section.knobs)
+                name = section.section
+                data[name] = {"method": section.method, **knobs, **data[name], **knobs}
         return {key: value for key, value in data.items() if value not in ({}, [])}
 
 

@@ -45,7 +45,7 @@ def json_schema() -> dict[str, Any]:
     for short in ("Perplexity", "KL", "Embedding", "HealText"):
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
-    schema["anyOf"] = [{"required": ["steps"]}, {"required": ["learn"]}]
+    schema["anyOf"] = [{"required": [name]} for name in ("steps", "learn", "vocab")]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "prunekit recipe"}
 
 

@@ -22,7 +22,7 @@ from prunekit.core.errors import CheckpointError, ExportError, PlanError
 from prunekit.core.files import atomic_folder, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.plan.layout import Layout, choose_layout
-from prunekit.plan.plan import Plan
+from prunekit.plan.plan import VOCAB, Plan
 from prunekit.structure.shape import SUBLAYER_KINDS
 from prunekit.structure.view import HIDDEN, ModelView, TensorRef
 from prunekit.surgery.sidecar import model_files, write_model_files
@@ -119,6 +119,8 @@ def require_maskable(view: ModelView, plan: Plan | None) -> None:
     if plan.drop and view.norm == "post":
         why = "its norms act on the residual stream too, so a block without a sub-layer is not one with zeros in it"
         raise PlanError(f"`{view.model_type}` cannot have masked sub-layers", why=why, hint=hint)
+    if VOCAB in plan.keep:
+        raise PlanError("vocabulary rows cannot be masked", why="tokens have other numbers afterwards", hint=hint)
     if HIDDEN in plan.keep:
         why = "norms and positions are scaled for the channels that stay"
         raise PlanError("hidden channels cannot be masked", why=why, hint=hint)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import CheckpointError
 from prunekit.modeling.families import PREFIX
+from prunekit.modeling.offload import options as disk_options
 from prunekit.modeling.quiet import quiet
 from prunekit.structure.architecture import architectures
 
@@ -35,7 +36,11 @@ _TOKENIZER_FILES = (
 
 
 def load_model(
-    folder: Path, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    folder: Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """Model of a checkpoint folder in eval mode, stock or heterogeneous, with `sdpa` attention where it has that.
 
@@ -46,6 +51,7 @@ def load_model(
         dtype: of the weights in memory, such as `bfloat16`; `auto` keeps the file's.
         device: where to, such as `cuda`.
         trust_remote_code: whether modeling code inside the folder may run where no other class is known.
+        offload: leave weights in the files and read each when it is needed; on the CPU alone.
     Raises:
         CheckpointError: if the class is not known, or a tensor is missing, unexpected or of another shape.
     """
@@ -56,11 +62,11 @@ def load_model(
     with quiet():
         cls = _model_class(folder, config, trust_remote_code)
         try:
-            model, info = _read(cls, folder, dtype, trust_remote_code)
+            model, info = _read(cls, folder, dtype, trust_remote_code, offload)
         except Exception as error:
             raise CheckpointError(f"`{folder}` cannot be loaded", why=_first_line(error)) from error
         _require_all(folder, info, type(model).__name__)
-        loaded: PreTrainedModel = model.to(device).eval()
+        loaded: PreTrainedModel = (model if offload else model.to(device)).eval()
     return loaded
 
 
@@ -97,12 +103,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def _read(cls: Any, folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+def _read(cls: Any, folder: Path, dtype: str, trust_remote_code: bool, offload: bool) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers noticed about its tensors."""
     import torch
 
     # The grouped products that transformers runs experts by know no float64.
-    options = {"experts_implementation": "eager"} if dtype == "float64" else {}
+    options: dict[str, Any] = {"experts_implementation": "eager"} if dtype == "float64" else {}
+    options |= disk_options() if offload else {}
     model, info = cls.from_pretrained(
         folder,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),

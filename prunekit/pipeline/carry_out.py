@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import ExportError
-from prunekit.core.files import atomic_folder, require_free_folder, sha256_files, write_json, write_text
+from prunekit.core.files import atomic_folder, require_free_folder, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.ranks import is_first_rank, require_one_process
 from prunekit.pipeline import learning
@@ -27,12 +27,15 @@ from prunekit.pipeline.healing import (
 )
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer, kl_windows, sections_of, subject_of, tasks_of
+from prunekit.pipeline.origins import derived, source_digests
 from prunekit.pipeline.repair import as_stored, put_into, repair_inputs, with_repair
 from prunekit.plan.loads import loads
+from prunekit.plan.plan import VOCAB
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prunekit.core.recipe_model import Recipe
-    from prunekit.export.masked import Cut
     from prunekit.export.verify import Reference, VerifyReport
     from prunekit.plan.plan import Plan
     from prunekit.structure.view import ModelView
@@ -182,13 +185,10 @@ def _finish(
     recipe: Recipe, made: Made, output: Path, folder: Path, progress: Progress, talk: Talk, clock: _Clock
 ) -> Result:
     """Cuts into `folder`, then measures, exports, verifies and reports."""
-    from prunekit.export.targets import TARGETS, Options
     from prunekit.surgery import engine
 
     talk(f"writing a {made.layout.kind} checkpoint")
-    # A repair fits the matrices anew that factors were folded into.
-    replaced = as_stored(made.view, made.repaired) if made.repair else made.learned
-    engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced)
+    engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced_of(made))
     clock.lap("cut")
     talk("measuring before and after")
     tokenizer = tokenizer_for(made.view, recipe) if _needs_tokenizer(recipe) else None
@@ -204,18 +204,16 @@ def _finish(
     about: Mapping[str, Any] = {}
     if recipe.heal is not None:
         talk(f"healing by {recipe.heal.method}")
-        scene = scene_of(recipe, made.view, folder, made.layout.pairs, dense, _made_from(recipe, made), progress, talk)
+        scene = scene_of(recipe, made.view, folder, made.layout.pairs, dense, made_from(recipe, made), progress, talk)
         reference, about = healed_in_place(scene, work_folder(output), recipe.export.max_shard_bytes)
         clock.lap("heal")
         cut, after = after, {**after, **_again(measurer, dense, folder)}
         clock.lap("measure again")
     else:
         reference = _masked_reference(made, dense, folder)
-    exports: dict[str, Any] = {}
-    for name in (name for name in recipe.export.formats if name in TARGETS):
-        talk(f"exporting to {name}")
-        options = Options(recipe.export.gguf_type, None, _cut_of(made, folder), recipe.export.max_shard_bytes)
-        exports[name] = TARGETS[name].write(folder, folder / name, options, progress).to_json()
+    exports = {}
+    for name, export in write_exports(recipe, made, folder, progress, talk):
+        exports[name] = export
         clock.lap(name)
     if ONNX in exports:
         after |= {"onnx_bytes": exports[ONNX]["file_bytes"], "onnx_max_abs_diff": exports[ONNX]["max_abs_diff"]}
@@ -248,13 +246,38 @@ def _finish(
     return result
 
 
+def replaced_of(made: Made) -> Mapping[str, Tensor]:
+    """Tensors that a repair or learned masks put in the place of the source's, by name."""
+    # A repair fits the matrices anew that factors were folded into.
+    return as_stored(made.view, made.repaired) if made.repair else made.learned
+
+
+def write_exports(
+    recipe: Recipe, made: Made, folder: Path, progress: Progress, talk: Talk
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Writes every format besides safetensors, each into a folder of its name: the name, and what it says of itself."""
+    from prunekit.export.masked import Cut
+    from prunekit.export.targets import TARGETS, Options
+
+    for name in (name for name in recipe.export.formats if name in TARGETS):
+        talk(f"exporting to {name}")
+        cut = Cut(made.view, made.plan, made.layout, folder)
+        options = Options(recipe.export.gguf_type, None, cut, recipe.export.max_shard_bytes)
+        yield name, TARGETS[name].write(folder, folder / name, options, progress).to_json()
+
+
 def _measured(measurer: Measurer, made: Made, dense: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measurements of the dense model and of the cut one."""
+    from prunekit.modeling.load import load_tokenizer
+
     before = {**asdict(made.before), "file_bytes": made.view.checkpoint.file_bytes, **measurer.measure(dense, dense)}
+    if VOCAB in made.plan.keep and measurer.tokenizer is not None:
+        # The result numbers its tokens anew.
+        measurer = replace(measurer, tokenizer=load_tokenizer(folder, measurer.recipe.model.trust_remote_code))
     return before, {**asdict(made.after), **_again(measurer, dense, folder)}
 
 
-def _made_from(recipe: Recipe, made: Made) -> str:
+def made_from(recipe: Recipe, made: Made) -> str:
     """What the cut model was made from, besides the source."""
     effective = recipe.effective()
     parts = [effective.get(part) for part in ("repair", "learn")]
@@ -288,12 +311,6 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     return make_reference(dense, load_tokenizer(folder), name)
 
 
-def _cut_of(made: Made, folder: Path) -> Cut:
-    from prunekit.export.masked import Cut
-
-    return Cut(made.view, made.plan, made.layout, folder)
-
-
 def _verified(folder: Path, reference: Reference | None, progress: Progress) -> VerifyReport:
     """The checks in fresh processes.
 
@@ -314,32 +331,27 @@ def _verified(folder: Path, reference: Reference | None, progress: Progress) -> 
 
 def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progress) -> None:
     """The manifest, the recipe with every default, the model card, the layer map and the HTML report."""
-    import yaml
+    from torch import get_num_threads
 
     from prunekit.report.card import read_inherited
     from prunekit.report.folder import versions, write_report
 
     made, data = result.made, result.to_json()
-    effective = recipe.effective()
-    text = yaml.safe_dump(effective, sort_keys=False, allow_unicode=True, width=110)
-    write_text(folder / RECIPE, text)
+    write_recipe(recipe, folder)
     source = made.source
     manifest = {
         "schema": 1,
         "versions": versions(),
+        "threads": get_num_threads(),
         "source": {
             "name": source.name,
             "kind": source.kind,
             "revision": source.revision,
-            "sha256": _digests(made.view, progress),
+            "sha256": source_digests(made.view, progress),
             "card": read_inherited(made.view.checkpoint.folder),
         },
-        "recipe": effective,
         "accepted": all(entry["ok"] for entry in result.expectations),
-        "plan": made.plan.to_json(),
-        "orders": [order.to_json() for order in made.orders],
-        **({"learn": dict(made.learn)} if made.learn else {}),
-        **({"repair": dict(made.repair)} if made.repair else {}),
+        **derived(recipe, made),
         **{key: value for key, value in data.items() if key != "output"},
         "notes": [
             *_notes(recipe),
@@ -352,10 +364,12 @@ def _write_story(recipe: Recipe, folder: Path, result: Result, progress: Progres
     write_report(folder)
 
 
-def _digests(view: ModelView, progress: Progress) -> dict[str, str]:
-    """SHA-256 of the source's configuration and weight files, by name."""
-    names = ["config.json", *sorted({info.file for info in view.checkpoint.tensors.values()})]
-    return sha256_files(view.checkpoint.folder, names, "digesting the source", progress)
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Writes the recipe with every default into an output folder."""
+    import yaml
+
+    text = yaml.safe_dump(recipe.effective(), sort_keys=False, allow_unicode=True, width=110)
+    write_text(folder / RECIPE, text)
 
 
 def _notes(recipe: Recipe) -> list[str]:

@@ -17,8 +17,9 @@ from prunekit.core.ranks import ALONE, Ranks, joined, place, require_one_process
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
 from prunekit.core.types import Order, OrderStep, Scores
 from prunekit.pipeline.costs import costs_of
-from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, selected_batch, tokenizer_for
+from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, offloaded, selected_batch, tokenizer_for
 from prunekit.pipeline.learning import check_learning, learned_after
+from prunekit.pipeline.trim import with_vocabulary
 from prunekit.pipeline.weights import reading
 from prunekit.plan.after import after
 from prunekit.plan.allocate import allocate
@@ -58,6 +59,7 @@ class Made:
         after: cost of what the plan leaves.
         orders: what each step's method said, in order.
         repaired: new output projections by the address of their sub-layer.
+        vocab: what the trimming of the vocabulary says about itself; empty without one.
         repair: what the repair says about itself; empty without one.
         learned: new values of tensors by name, as `learn` leaves them in the cut model.
         learn: what the learning says about itself; empty without one.
@@ -76,6 +78,7 @@ class Made:
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     learn: Mapping[str, Any] = field(default_factory=dict)
     latency: Mapping[str, Any] = field(default_factory=dict)
+    vocab: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_plan(
@@ -122,7 +125,9 @@ def make_plan(
     layout = choose_layout(view, plan, recipe.export.layout)
     latency = {} if table is None else _predicted(recipe, view, plan, table)
     made = Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders), latency=latency)
-    return made if learned is None else replace(made, learned=learned.tensors, learn=learned.about)
+    if learned is not None:
+        made = replace(made, learned=learned.tensors, learn=learned.about)
+    return with_vocabulary(recipe, made, talk)
 
 
 def _predicted(recipe: Recipe, view: ModelView, plan: Plan, table: CostTable) -> dict[str, Any]:
@@ -201,7 +206,8 @@ class Bench:
 
         device = device_of(self.recipe)
         dtype = dtype_of(self.recipe, self.source, device)
-        return Stack(load_model(self.folder, dtype, place(device), self.recipe.model.trust_remote_code))
+        offload = offloaded(self.recipe, self.source, device, dtype)
+        return Stack(load_model(self.folder, dtype, place(device), self.recipe.model.trust_remote_code, offload))
 
 
 def _choose(step: Step, bench: Bench) -> tuple[Plan, Scores | Order]:

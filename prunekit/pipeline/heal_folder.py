@@ -9,23 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import prunekit.modeling
 from prunekit.checkpoint.sources import resolve
 from prunekit.core.errors import ExportError, PrunekitError, UsageError
-from prunekit.core.files import atomic_folder, require_free_folder, write_json, write_text
+from prunekit.core.files import atomic_folder, require_free_folder, write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.ranks import is_first_rank
 from prunekit.core.recipe import Recipe, parse_recipe
 from prunekit.heal.run import Healed, heal
 from prunekit.heal.scene import Scene, require_same_vocabulary
 from prunekit.modeling.load import load_tokenizer
-from prunekit.pipeline.carry_out import MANIFEST, RECIPE
+from prunekit.pipeline.carry_out import MANIFEST, write_recipe
 from prunekit.pipeline.choose import Talk, silent
 from prunekit.pipeline.healing import check_healing, notes_of, reference_of, scene_of, work_folder
 from prunekit.pipeline.inputs import check_evaluation, tokenizer_for
 from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
+from prunekit.pipeline.origins import data_digests
 from prunekit.plan.layout import Pair, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
@@ -181,6 +180,8 @@ def _measured(
 
 def _write_story(recipe: Recipe, folder: Path, fresh: Path, result: HealedFolder) -> None:
     """The folder's manifest, recipe, card and report brought up to date; without a manifest one file of figures."""
+    from torch import get_num_threads
+
     from prunekit.report.folder import versions, write_report
 
     manifest, found = _manifest(folder), result.to_json()
@@ -188,12 +189,14 @@ def _write_story(recipe: Recipe, folder: Path, fresh: Path, result: HealedFolder
         write_json(fresh / ABOUT, {key: value for key, value in found.items() if key != "output"})
         return
     effective = recipe.effective()
-    write_text(fresh / RECIPE, yaml.safe_dump(effective, sort_keys=False, allow_unicode=True, width=110))
+    write_recipe(recipe, fresh)
     manifest |= {key: found[key] for key in ("before", "cut", "after", "verified")}
     earlier = {"earlier": manifest["heal"]} if "heal" in manifest else {}
     manifest |= {
         "versions": versions(),
         "recipe": effective,
+        "inputs": data_digests(recipe),
+        "threads": get_num_threads(),
         "heal": {**result.heal, **earlier},
         "expectations": recipe.expect.judge(result.after),
         "notes": [*manifest.get("notes", ()), *notes_of(result.heal)],

@@ -189,6 +189,16 @@ def device_named(wanted: str) -> str:
     return wanted
 
 
+def offloaded(recipe: Recipe, view: ModelView, device: str, dtype: str) -> bool:
+    """Whether weights stay in their files while methods calibrate: as asked, or where they do not fit into memory."""
+    from prunekit.modeling.offload import fits
+    from prunekit.plan.cost import cost
+
+    if device != "cpu" or recipe.model.offload != "auto":
+        return device == "cpu" and recipe.model.offload == "always"
+    return not fits(cost(view).params * (4 if dtype == "float32" else 2))
+
+
 def dtype_of(recipe: Recipe, view: ModelView, device: str) -> str:
     """Type to compute in: as asked; else float32 on a CPU, and on a GPU the type that most weights have."""
     if recipe.model.dtype is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prunekit.checkpoint.reader import ITEM_BYTES
 from prunekit.core.errors import PlanError
+from prunekit.plan.plan import VOCAB
 from prunekit.structure.architecture import dim_size
 from prunekit.structure.view import HIDDEN, WIDTHS
 
@@ -53,7 +54,7 @@ def cost(view: ModelView, plan: Plan | None = None) -> Cost:
     return Cost(
         params=sum(count for _, count in (*parts, *outer)),
         block_params=sum(count for _, count in parts),
-        flops_per_token=_flops(view, parts) + sum(2 * _outer_count(view, r, plan) for r in outer_matrices),
+        flops_per_token=_flops(view, parts) + sum(2 * _outer_count(view, ref, plan) for ref in outer_matrices),
         kv_bytes_per_token=sum(_kv_bytes(view, sublayer, widths) for sublayer, widths in left),
         weight_bytes=sum(count * ITEM_BYTES[ref.dtype] for ref, count in (*parts, *outer)),
     )
@@ -114,7 +115,10 @@ def kept_hidden(view: ModelView, plan: Plan | None) -> int:
 def _outer_count(view: ModelView, ref: TensorRef, plan: Plan | None) -> int:
     """Weights of a tensor outside blocks after a plan."""
     narrow = kept_hidden(view, plan)
-    return math.prod(narrow if dim == (HIDDEN,) else size for dim, size in zip(ref.layout, ref.shape, strict=True))
+    sizes = [narrow if dim == (HIDDEN,) else size for dim, size in zip(ref.layout, ref.shape, strict=True)]
+    if plan is not None and VOCAB in plan.keep and view.is_rows(ref):
+        sizes[0] = len(plan.keep[VOCAB])
+    return math.prod(sizes)
 
 
 def kept_widths(sublayer: SubLayer, plan: Plan | None) -> dict[str, int]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
 
 VERSION = 1
+# Key in `keep` of the vocabulary rows that stay.
+VOCAB = "vocab"
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Plan:
         drop: addresses of the sub-layers that go whole, in execution order.
         keep: positions that stay, ascending, by `blocks.3.ffn.neurons`, `blocks.3.attention.kv_groups` or
             `blocks.3.attention.query_heads` (positions inside a KV group, the same in every group); `neurons` of an
-            FFN with experts are positions inside an expert, the same in every expert. `hidden` holds the channels of
-            the residual stream.
+            FFN with experts are positions inside an expert, the same in every expert; `hidden`: channels of the
+            residual stream; `vocab`: ids of the tokens that stay.
         model: what the plan was made for: model type, and the widths of every block.
     """
 
@@ -86,7 +88,11 @@ class Plan:
                 hint=f"keep at least {view.active_experts}, for example with `min_keep`",
             )
         if not kept:
-            raise PlanError(f"the plan leaves no {kind} in `{owner}`", why=f"all {width} would go", hint="remove less")
+            raise PlanError(
+                f"the plan leaves no {kind} in `{owner or 'the model'}`",
+                why=f"all {width} would go",
+                hint="remove less",
+            )
         if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= width:
             raise PlanError(
                 f"the positions kept in `{address}` are wrong", why=f"they must ascend within 0-{width - 1}"
@@ -137,6 +143,8 @@ def signature(view: ModelView) -> dict[str, Any]:
 
 def _width(view: ModelView, address: str) -> int:
     """Units there are at a width address."""
+    if address == VOCAB and view.vocabulary:
+        return view.vocabulary
     owner, _, kind = address.rpartition(".")
     if address == HIDDEN:
         return view.hidden

@@ -12,6 +12,11 @@ SublayerKind = Literal["attention", "ffn"]
 SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 # What a configuration of a heterogeneous folder calls a removed sub-layer.
 SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
+# More than any model has; larger claims come from damaged files and would take memory in proportion.
+_MOST = {"blocks": 10_000, "heads": 65_536, "kv_heads": 65_536, "experts": 65_536}
+_MOST_WIDTH = 2**24
+# What a block of a heterogeneous folder may say of itself in numbers.
+_COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_local_experts")
 
 
 def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
@@ -22,7 +27,7 @@ def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]
     """
     found = config.get(arch.section, config)
     if not isinstance(found, Mapping):
-        raise StructureError(f"`{arch.section}` must be a mapping", why=f"it is {found!r}", at="config.json")
+        raise StructureError(f"`{arch.section}` must be a mapping", why=_said(found), at="config.json")
     return {**arch.defaults.get(str(found.get("model_type")), {}), **found}
 
 
@@ -53,6 +58,8 @@ class Shape:
             layers = (section or {}).get("per_layer_config") or {}
             self._layers: dict[int, Mapping[str, Any]] = {int(key): value for key, value in layers.items()}
             self.skips = {i: set(layer.get("skip", ())) for i, layer in self._layers.items()}
+            if not all(_counts(layer.get(key, 1)) for layer in self._layers.values() for key in _COUNTS):
+                raise ValueError
         except (AttributeError, TypeError, ValueError) as error:
             raise StructureError("`prunekit.per_layer_config` is damaged", at="config.json") from error
 
@@ -62,7 +69,9 @@ class Shape:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise StructureError(f"`{key}` must be a whole number above 0", why=f"it is {value!r}", at="config.json")
+            raise StructureError(f"`{key}` must be a whole number above 0", why=_said(value), at="config.json")
+        if value > _MOST.get(role, _MOST_WIDTH):
+            raise StructureError(f"`{key}` is larger than that of any model", why=_said(value), at="config.json")
         return value
 
     def usual(self) -> dict[str, dict[str, int]]:
@@ -104,3 +113,11 @@ class Shape:
             why = f"`kept_heads` are {numbers}, of {self.kv_heads} heads {groups} stay"
             raise StructureError(f"the heads of block {block} are not known", why=why, at="config.json")
         return {"kv": groups, "rep": heads // groups, "hd": self.head_width}
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_WIDTH
+
+
+def _said(value: Any) -> str:
+    return f"it is {repr(value)[:100]}"

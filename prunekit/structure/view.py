@@ -23,6 +23,8 @@ WIDTHS: dict[str, tuple[SublayerKind, str]] = {
 }
 # The kind that is one width of the whole model: channels of the residual stream.
 HIDDEN = "hidden"
+# Parts of heads that architecture files do not name one by one.
+_HEADS = re.compile(r".*(?:predictions|decoder|lm_head|vocab_projector)\.(?:weight|bias)")
 _PARTS = {"part": 3, "half": 2}
 
 
@@ -214,6 +216,18 @@ class ModelView:
         said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings", default))
         return bool(not stored and named and said)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding, 0 where there is none."""
+        table = self._outer_like(self.arch.table)
+        return table.shape[0] if table is not None and ("vocab",) in table.layout else 0
+
+    def is_rows(self, ref: TensorRef) -> bool:
+        """Whether the rows of a tensor outside blocks are those of the vocabulary."""
+        if ("vocab",) in ref.layout:
+            return ref.layout[0] == ("vocab",)
+        return ref.shape[:1] == (self.vocabulary,) and _HEADS.fullmatch(ref.name) is not None
+
     def _outer_like(self, pattern: str) -> TensorRef | None:
         return next((ref for ref in self.outer if pattern and re.fullmatch(pattern, ref.name)), None)
 
@@ -244,7 +258,11 @@ class ModelView:
     @property
     def active_experts(self) -> int:
         """Experts that a token passes in every block that has some, 0 in a model without."""
-        return int(self.text.get(self.arch.key("active_experts", self.text)) or 0)
+        key = self.arch.key("active_experts", self.text)
+        found = self.text.get(key) or 0
+        if not isinstance(found, int):
+            raise StructureError(f"`{key}` must be a whole number", why=f"it is {repr(found)[:100]}", at="config.json")
+        return found
 
     def sizes(self, sublayer: SubLayer) -> dict[str, int]:
         """Size of every axis in the layouts of a sub-layer's tensors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,13 @@ from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.plan.cost import kept_experts, kept_hidden
 from prunekit.plan.layout import Layout, choose_layout
-from prunekit.plan.plan import Plan
+from prunekit.plan.plan import VOCAB, Plan
 from prunekit.structure.view import ModelView, SubLayer, TensorRef
 from prunekit.surgery.config import cut_config
 from prunekit.surgery.hidden import scale
 from prunekit.surgery.sidecar import model_files, write_model_files, write_pooled_width
 from prunekit.surgery.slices import Keep, cut_pieces, cut_shape, cuts_of, hidden_of
+from prunekit.surgery.vocabulary import cut_ids, write_vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +62,7 @@ def apply(
     plan.check(view)
     layout = choose_layout(view, plan) if layout is None else layout
     _require_complete(view, plan, layout)
-    config = cut_config(view, plan, layout)
+    config = cut_ids(cut_config(view, plan, layout), view, plan)
     source = view.checkpoint.folder
     others = model_files(source)
     tensors = sorted(_tensors(view, plan, layout, replaced or {}), key=lambda pair: _place(view, pair[0]))
@@ -69,6 +71,8 @@ def apply(
         write_json(folder / "config.json", config)
         write_model_files(source, others, folder)
         write_pooled_width(folder, view.hidden, kept_hidden(view, plan))
+        if VOCAB in plan.keep:
+            write_vocabulary(source, folder, plan.keep[VOCAB])
         if layout.kind == "heterogeneous":
             shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)
     return layout
@@ -118,12 +122,15 @@ def _tensors(
 
 
 def _outer(view: ModelView, plan: Plan, ref: TensorRef, replaced: Tensor | None) -> OutTensor:
-    """A tensor outside blocks; only hidden channels of it can go."""
+    """A tensor outside blocks; only hidden channels and vocabulary rows of it can go."""
     keep = hidden_of(plan)
+    if VOCAB in plan.keep and view.is_rows(ref):
+        keep = {**keep, VOCAB: tuple(plan.keep[VOCAB])}
+        ref = replace(ref, layout=((VOCAB,), *ref.layout[1:]))
     shape = cut_shape(ref.shape, ref.layout, {}, keep)
     content: Stored | Callable[[], Iterator[Tensor]] = _stored(view, ref)
     if replaced is not None:
-        content = partial(iter, [replaced])
+        content = partial(iter, [replaced[list(keep[VOCAB])] if VOCAB in keep else replaced])
     elif any(axis in keep for dim in ref.layout for axis in dim):
         content = partial(_pieces, view, ref, {}, keep, scale(view, plan, ref))
     return OutTensor(ref.name, ref.dtype, shape, content)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import SurgeryError
-from prunekit.plan.plan import Plan
+from prunekit.plan.plan import VOCAB, Plan
 from prunekit.structure.architecture import Layout, dim_size, sections
 from prunekit.structure.view import HIDDEN, WIDTHS, TensorRef
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Keep = Mapping[str, Sequence[int]]
 # Head width is never cut: softmax scale and rotary positions depend on it. What norms make of a cut hidden width is
 # for `surgery.hidden` to say.
-CUTTABLE = frozenset(axis for _, axis in WIDTHS.values()) | {HIDDEN}
+CUTTABLE = frozenset((*(axis for _, axis in WIDTHS.values()), HIDDEN, VOCAB))
 _PIECE_BYTES = 64 << 20
 
 
@@ -115,9 +115,9 @@ def cuts_of(plan: Plan) -> dict[str, dict[str, tuple[int, ...]]]:
     """
     cuts: dict[str, dict[str, tuple[int, ...]]] = {}
     for group, kept in plan.keep.items():
-        address, _, kind = group.rpartition(".")
-        if group == HIDDEN:
+        if group in (HIDDEN, VOCAB):
             continue
+        address, _, kind = group.rpartition(".")
         if kind not in WIDTHS:
             raise SurgeryError(f"`{group}` cannot be cut", why=f"widths are {', '.join(WIDTHS)}")
         cuts.setdefault(address, {})[WIDTHS[kind][1]] = tuple(kept)
@@ -135,7 +135,7 @@ def _selected(tensor: Tensor, place: int, positions: Sequence[int] | Tensor) -> 
 def _require_cuttable(keep: Keep) -> None:
     for axis in keep:
         if axis not in CUTTABLE:
-            why = "heads, KV groups, neurons, experts and hidden channels can go; other widths change what is left"
+            why = "heads, neurons, experts, hidden channels and vocabulary rows can go; other widths change the rest"
             raise SurgeryError(f"axis `{axis}` cannot be cut", why=why)
 
 

@@ -28,6 +28,7 @@ VERBS = [
     "heal",
     "export",
     "verify",
+    "reproduce",
     "evaluate",
     "compare",
     "report",

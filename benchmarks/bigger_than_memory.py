@@ -1,0 +1,121 @@
+"""A checkpoint larger than memory: inspected, scored, calibrated and cut by the command line under a memory limit.
+
+    python benchmarks/bigger_than_memory.py --work FOLDER --output benchmarks/results/bigger_than_memory.jsonl
+
+Every verb is a process of its own in a control group with the limit, which counts the page cache too and takes it back
+where it must; where no group can be made (it takes root), the peak is measured all the same and `limited_by` says so.
+FOLDER takes the checkpoint and what is left of it, and is emptied at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from make_checkpoint import write_checkpoint
+from surgery_speed import LAUNCHER, cpu
+
+GROUPS = ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max"))
+RUN = "from prunekit.cli.main import main; import sys; sys.exit(main(sys.argv[1:]))"
+
+
+class Group:
+    """A control group of version 1 or 2 with a memory limit; `name` is "" where none can be made."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.folder, self.name = Path(), ""
+        for root, file in GROUPS:
+            folder = root / f"prunekit-{os.getpid()}"
+            with suppress(OSError):
+                folder.mkdir()
+                self.folder = folder
+                (folder / file).write_text(str(limit_bytes))
+                self.name = f"cgroup {file}"
+                return
+
+    def enter(self) -> None:
+        """Puts the calling process into the group."""
+        if self.name:
+            (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    def remove(self) -> None:
+        if self.name:
+            self.folder.rmdir()
+
+
+def run(group: Group, *words: object) -> dict[str, object]:
+    """Seconds and peak resident set of one verb."""
+    # As in surgery_speed: the kernel counts the memory of whoever starts a program as the program's.
+    command = [sys.executable, "-I", "-S", "-c", LAUNCHER, sys.executable, "-c", RUN, *map(str, words)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, env=environment, preexec_fn=group.enter)
+    if done.returncode:
+        raise SystemExit(f"{words} failed:\n{done.stderr.decode(errors='replace')[-3000:]}")
+    seconds, _, cpu_s, peak_kib = json.loads(done.stdout)
+    return {"seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1), "peak_rss_mb": round(peak_kib * 1024 / 1e6)}
+
+
+def size_gb(folder: Path) -> float:
+    return round(sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--work", type=Path, default=Path("out/bigger"), help="folder for everything big")
+    parser.add_argument("--gigabytes", type=float, default=20.5)
+    parser.add_argument("--limit-gb", type=float, default=2.0)
+    parser.add_argument("--remove", type=float, default=0.1, help="fraction of the blocks to drop")
+    parser.add_argument("--output", type=Path, help="file to append JSON lines to")
+    given = parser.parse_args()
+
+    work = given.work.resolve()
+    source, plan, cut = work / "source", work / "plan.json", work / "cut"
+    begin = time.perf_counter()
+    if not source.exists():
+        write_checkpoint(source, given.gigabytes)
+    print(f"written in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+    os.sync()
+    group = Group(int(given.limit_gb * 1e9))
+    steps = [{"remove": "blocks", "by": {"score": "gardener"}, "budget": {"remove": given.remove}}]
+    (work / "recipe.json").write_text(json.dumps({"schema": 1, "model": {"source": str(source)}, "steps": steps}))
+    verbs: dict[str, tuple[object, ...]] = {
+        "inspect": ("inspect", source),
+        "gardener": ("plan", "--recipe", work / "recipe.json", "--output", plan),
+        "apply": ("apply", plan, "--model", source, "--output", cut),
+    }
+    rows = []
+    for name, words in verbs.items():
+        figures = run(group, *words, "--quiet")
+        rows.append({"what": name, "source_gb": size_gb(source), "limit_gb": given.limit_gb, **figures})
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    rows[-1]["written_gb"] = size_gb(cut)
+    facts = {
+        "limited_by": group.name or "nothing: peak measured only",
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "load": round(os.getloadavg()[1], 1),
+    }
+    group.remove()
+    for row in rows:
+        print(json.dumps({**row, "facts": facts}))
+    if given.output:
+        with given.output.open("a", encoding="utf-8") as opened:
+            opened.writelines(json.dumps({**row, "facts": facts}) + "\n" for row in rows)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
