@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One thread a process, a process a core.
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 # Worker threads of OpenMP that spin while they wait take the cores from whoever else runs.
 export OMP_WAIT_POLICY := PASSIVE
@@ -37,14 +39,14 @@ demo: $(READY) ## prune a real model by a recipe into out/demo
 	HF_HUB_OFFLINE=1 $(BIN)/prunekit prune --recipe recipes/smollm2-demo.yaml --output out/demo --overwrite
 
 test: $(READY) ## the tests, without the slow ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile
 
 test-all: $(READY) ## the tests with the slow ones, and those for a GPU where there is one
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not network"
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not network"
 
 test-browser: $(READY) ## the HTML report in a headless Chromium (Debian: apt-get install chromium)
 	$(PIP) install -e '.[browser]'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser tests/web
+	$(PYTEST) -m browser tests/web
 
 check: $(READY_DEV) ## format, lint, types, import rules, generated pages; writes nothing
 	$(BIN)/ruff format --check .

@@ -42,6 +42,7 @@ def test_a_table_is_measured_once(tmp_path: Path, cache: Path, monkeypatch: pyte
         cached_costs(view, Pass(tokens=9, repeats=2))
 
 
+@pytest.mark.slow
 def test_costs_follow_the_work(tmp_path: Path) -> None:
     view = ModelView.open(write_tiny("llama", tmp_path / "model", **WIDE))
     table = costs_module.measure_costs(view, Pass(batch=4, tokens=64, repeats=20, widths=("neurons",)))

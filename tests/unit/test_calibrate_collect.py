@@ -19,6 +19,7 @@ from prunekit.core.errors import UsageError
 class Maps:
     """Stands in for a model: an embedding table and one matrix a sub-layer, added to the residual stream."""
 
+    offloaded = False
     addresses = ("blocks.0.attention", "blocks.0.ffn", "blocks.1.ffn", "blocks.2.attention", "blocks.2.ffn")
 
     def __init__(self) -> None:
