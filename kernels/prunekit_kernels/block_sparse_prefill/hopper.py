@@ -52,7 +52,7 @@ def _load_block(desc, smem, full, empty, slot, phase, batch, head, block, BLOCK:
 def _produce(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     counts, indices, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads,
-    STAGES: gl.constexpr, DIM: gl.constexpr, QUERIES: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    STAGES: gl.constexpr, DIM: gl.constexpr, ROWS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """Copies the queries of each tile and the listed key and value blocks, as far ahead as the ring allows.
 
@@ -68,11 +68,10 @@ def _produce(
         line = head * stride_head + row
         count = gl.where(i == n_mine, 0, gl.load(counts + line))
         for half in gl.static_range(2):
-            at = (i % QUERIES) * 2 + half
-            mbarrier.wait(q_empty.index(at), ((i // QUERIES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(at), q_desc.block_type.nbytes)
-            place = q_smem.index(at)._reinterpret(q_desc.dtype, [1, 1, 64, DIM], q_desc.layout)
-            tma.async_copy_global_to_shared(q_desc, [batch, head, row * 128 + half * 64, 0], q_full.index(at), place)
+            mbarrier.wait(q_empty.index(half), (i & 1) ^ 1)
+            mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+            place = q_smem.index(half)._reinterpret(q_desc.dtype, [1, 1, 64, DIM], q_desc.layout)
+            tma.async_copy_global_to_shared(q_desc, [batch, head, row * 128 + half * 64, 0], q_full.index(half), place)
         block = gl.load(indices + line * max_count)
         slot = step % STAGES
         phase = ((step // STAGES) & 1) ^ 1
@@ -191,7 +190,7 @@ def _consume(
     o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
     counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group, n_kv_heads,
     n_queries, n_keys, q_offset, scale_log2,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr, QUERIES: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
     ROWS_FIRST: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 queries over the listed blocks, tile after tile."""
@@ -241,7 +240,7 @@ def _consume(
                 n_keys, scale_log2, False, CAUSAL, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT, P_LAYOUT,
             )  # fmt: skip
             step += 1
-        mbarrier.arrive(q_empty.index((i % QUERIES) * 2 + WHO), count=1)
+        mbarrier.arrive(q_empty.index(WHO), count=1)
 
         rows = row * 128 + WHO * 64 + gl.arange(0, 64, layout=ROW)
         lse_at = lse + (batch * heads + head) * n_queries + rows
@@ -251,8 +250,8 @@ def _consume(
         row, batch, head, _kv_head = _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
         line = head * stride_head + row
         k_first = gl.load(indices + line * max_count) * 128
-        mbarrier.wait(q_full.index(((i + 1) % QUERIES) * 2 + WHO), ((i + 1) // QUERIES) & 1)
-        q = q_smem.index(((i + 1) % QUERIES) * 2 + WHO)
+        mbarrier.wait(q_full.index(WHO), (i + 1) & 1)
+        q = q_smem.index(WHO)
         s, acc = _issue(
             q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step, STAGES, PINGPONG, WHO, S_LAYOUT
         )  # fmt: skip
@@ -284,7 +283,7 @@ def _consume(
 def block_sparse_prefill_hopper(
     q_desc, k_desc, v_desc, o_desc, lse, counts, partials, indices, stride_head, max_count,
     n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr, QUERIES: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
     ROWS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """Attention over listed key blocks of 128 by 128.
@@ -297,19 +296,18 @@ def block_sparse_prefill_hopper(
         partials: int32 like `counts`, how many of them, the leading ones, want the mask.
         indices: int32 [1 or H, rows, max_count].
         stride_head: rows if the lists differ by head, 0 if one list serves all.
-        QUERIES: tiles of queries in shared memory, 1 or 2; with 2 the next ones are there when a tile ends.
         ROWS_FIRST: whether all heads of a row of blocks come before the next row.
         scale_log2: softmax scale times log2(e).
     """
     dtype: gl.constexpr = q_desc.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    q_smem = gl.allocate_shared_memory(dtype, [2 * QUERIES, 64, DIM], flat)
+    q_smem = gl.allocate_shared_memory(dtype, [2, 64, DIM], flat)
     o_smem = gl.allocate_shared_memory(dtype, [2, 64, DIM], flat)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 128, DIM], flat)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 128, DIM], flat)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [2 * QUERIES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * QUERIES, 1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -317,7 +315,7 @@ def block_sparse_prefill_hopper(
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
-    for i in gl.static_range(2 * QUERIES):
+    for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -332,7 +330,7 @@ def block_sparse_prefill_hopper(
                 (
                     o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     turn, counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group,
-                    n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, STAGES, PINGPONG, DIM, QUERIES,
+                    n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, STAGES, PINGPONG, DIM,
                     ROWS_FIRST, 0,
                 ),
             ),
@@ -341,7 +339,7 @@ def block_sparse_prefill_hopper(
                 (
                     o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     turn, counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group,
-                    n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, STAGES, PINGPONG, DIM, QUERIES,
+                    n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, STAGES, PINGPONG, DIM,
                     ROWS_FIRST, 1,
                 ),
             ),
@@ -349,7 +347,7 @@ def block_sparse_prefill_hopper(
                 _produce,
                 (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    counts, indices, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads, STAGES, DIM, QUERIES,
+                    counts, indices, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads, STAGES, DIM,
                     ROWS_FIRST,
                 ),
             ),

@@ -26,13 +26,12 @@ def _descriptor(tensor: Tensor, rows: int, layout: gl.NVMMASharedLayout) -> Tens
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
-    q_offset: int, causal: bool, scale: float, pingpong: bool = True, queries: int = 1, rows_first: bool = False,
+    q_offset: int, causal: bool, scale: float, pingpong: bool = True, rows_first: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs the kernel; arguments and result as in `block_sparse_prefill`, every row listing at least one block.
 
     Args:
         pingpong: whether the two warpgroups take turns at starting matrix work, which was 1 to 2 % faster on an H200.
-        queries: tiles of queries held in shared memory, 1 or 2.
         rows_first: whether all heads of a row of blocks come before the next row.
     """
     batch, heads, n_queries, dim = q.shape
@@ -46,7 +45,7 @@ def launch(
         _descriptor(q, 64, layout), _descriptor(k, 128, layout), _descriptor(v, 128, layout),
         _descriptor(out, 64, layout), lse, counts, partials, indices, rows if counts.shape[0] > 1 else 0,
         indices.shape[2], n_tiles, rows, heads, heads // n_kv_heads, n_kv_heads, n_queries, k.shape[2], q_offset,
-        scale * 1.4426950408889634, CAUSAL=causal, STAGES=STAGES, PINGPONG=pingpong, DIM=dim, QUERIES=queries,
+        scale * 1.4426950408889634, CAUSAL=causal, STAGES=STAGES, PINGPONG=pingpong, DIM=dim,
         ROWS_FIRST=rows_first, num_warps=4,
     )  # fmt: skip
     return out, lse

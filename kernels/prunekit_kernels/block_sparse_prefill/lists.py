@@ -75,7 +75,7 @@ class BlockLists:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Packs bool [..., 32 w] into int32 [..., w], bit b of word w from element `32 w + b`."""
-    words = mask.reshape(*mask.shape[:-1], -1, 32).to(torch.int64)
+    words = mask.reshape(*mask.shape[:-1], mask.shape[-1] // 32, 32).to(torch.int64)
     values = (words << torch.arange(32, device=mask.device)).sum(-1)
     return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)
 
