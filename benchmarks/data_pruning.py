@@ -158,7 +158,7 @@ class Prepared:
         return int(np.load(self.embeddings_file, mmap_mode="r").shape[1])
 
     def embedding_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        from prunekit.datasets.ranks import read_rows
+        from prunekit.datasets.arrays import read_rows
 
         return read_rows(self.embeddings_file)
 
@@ -169,8 +169,8 @@ class Prepared:
         return np.load(self.folder / "lengths.npy")
 
     def train(self, run: Any, models: int) -> Any:
+        from prunekit.core.ranks import Ranks
         from prunekit.datasets.learners import head_learner
-        from prunekit.datasets.ranks import Ranks
         from prunekit.datasets.training import trained
 
         return trained(head_learner(self), run, models, self.settings.seed, self.folder / "runs", Ranks())  # type: ignore[arg-type]

@@ -12,6 +12,8 @@ from rich.progress import Progress as RichBars
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from prunekit.cli._interrupt import check
+
 # Lines closer together than this tell nothing new.
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -55,6 +57,7 @@ class BarTask:
 
     def advance(self, amount: float = 1) -> None:
         """Moves the bar."""
+        check()
         self._live.advance(self._number, amount)  # type: ignore[arg-type]
 
 
@@ -92,6 +95,7 @@ class LineTask:
 
     def advance(self, amount: float = 1) -> None:
         """Counts work that is done; says so when another tenth is."""
+        check()
         self._done += amount
         if not self._total:
             return

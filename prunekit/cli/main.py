@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from prunekit.cli import _errors
+from prunekit.cli import _errors, _interrupt
 from prunekit.core.errors import PrunekitError, UsageError
 from prunekit.core.ranks import ALONE, Ranks, joined
 
@@ -133,7 +133,7 @@ class _Called:
 
 def _carried_out(called: _Called, ranks: Ranks) -> int:
     try:
-        with _silent() if not ranks.first else nullcontext():
+        with _interrupt.watched(), _silent() if not ranks.first else nullcontext():
             code = _run(called, ranks)
             ranks.wait()
         return code
@@ -170,6 +170,7 @@ def _run(called: _Called, ranks: Ranks) -> int:
     # Typer answers an interruption by this code, by Abort, or not at all, by version and place.
     if code == 130:
         raise KeyboardInterrupt
+    _interrupt.check()
     return code if isinstance(code, int) else 0
 
 

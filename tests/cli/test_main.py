@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 
 from prunekit.cli import _errors
 from prunekit.cli import main as main_module
+from prunekit.cli._progress import LineProgress
 from prunekit.cli.main import build, main, summary, verbs
 from prunekit.core.errors import ExpectationError, UsageError
 
@@ -209,6 +211,31 @@ def test_interruption_inside_a_verb_ends_with_130(monkeypatch, capsys) -> None:
     app.command("plan")(interrupted)
     monkeypatch.setattr(main_module, "build", lambda load: app)
     assert main(["plan"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interruption_that_a_destructor_swallows_stops_at_the_next_step(monkeypatch, capsys) -> None:
+    done = []
+
+    class Gone:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def works() -> None:
+        with LineProgress(print).task("steps", total=2) as task:
+            gone = Gone()
+            del gone
+            done.append("before")
+            task.advance()
+            done.append("after")
+
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    app.command("plan")(works)
+    monkeypatch.setattr(main_module, "build", lambda load: app)
+    assert main(["plan"]) == 130
+    assert done == ["before"]
     assert "interrupted" in capsys.readouterr().err
 
 

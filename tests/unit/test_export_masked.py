@@ -72,6 +72,7 @@ def test_masked_model_computes_what_the_cut_one_does(tmp_path: Path, family: str
     [
         ("bert", ["blocks.1.ffn"], {}, "masked sub-layers"),
         ("mixtral", [], {"blocks.1.ffn.experts": (0, 1, 2)}, "blocks.1.ffn.experts"),
+        ("llama", [], {"hidden": (0, 1, 2, 3)}, "hidden channels"),
     ],
 )
 def test_what_zeros_cannot_say_is_refused(tmp_path: Path, family: str, drop: Any, keep: Any, words: str) -> None:
