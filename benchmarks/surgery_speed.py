@@ -29,7 +29,7 @@ from make_checkpoint import write_checkpoint
 
 SHARD_BYTES = 1_000_000_000
 SURGERY = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from prunekit.core.files import atomic_folder
 from prunekit.core.progress import NULL_PROGRESS
@@ -40,17 +40,18 @@ source, plan, target, shard_bytes = sys.argv[1:]
 begin = time.perf_counter()
 view = ModelView.open(Path(source))
 with atomic_folder(Path(target), False) as folder:
-    engine.apply(view, Plan.read(Path(plan)), folder, int(shard_bytes), NULL_PROGRESS)
+    engine.apply(view, Plan.from_json(json.loads(Path(plan).read_text())), folder, int(shard_bytes), NULL_PROGRESS)
 print(time.perf_counter() - begin)
 """
 PLAN = """
 import sys
 from pathlib import Path
+from prunekit.core.files import write_json
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
 source, target, *blocks = sys.argv[1:]
 drop = [f"blocks.{block}.{part}" for block in blocks for part in ("attention", "ffn")]
-Plan.make(ModelView.open(Path(source)), drop=tuple(drop)).write(Path(target))
+write_json(Path(target), Plan.make(ModelView.open(Path(source)), drop=tuple(drop)).to_json())
 """
 # Starts a program with its output on stderr; prints seconds to its end, to the end of a sync and of CPU, and KiB.
 LAUNCHER = """
