@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,9 @@ def test_interrupted_run_leaves_nothing_and_the_next_one_works(small: Small, tmp
         )
     )
     command = [sys.executable, "-m", "prunekit.cli.main", "prune", "--recipe", str(file), "-o", str(tmp_path / "o")]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell without job control starts what runs in the background deaf to it, tests too.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=hears)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".o.*.part/model.safetensors")) and time.monotonic() < deadline:
         assert running.poll() is None, running.communicate()[1]
