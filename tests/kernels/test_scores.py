@@ -1,15 +1,8 @@
 """Scoring, summary, merge and gradient kernels: references against plain torch, kernels against the references."""
 
-import importlib.metadata
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,8 +12,8 @@ from prunekit_kernels.block_sparse_prefill import block_sparse_prefill, cases
 from prunekit_kernels.block_sparse_prefill.reference import reference
 from prunekit_kernels.merge import merge_attention
 from prunekit_kernels.page_summaries import block_means, page_bounds
+from tests.kernels.interpreter import under_interpreter
 
-ROOT = Path(__file__).parents[2]
 TYPES = (torch.float32, torch.bfloat16)
 # Gradients sum products of two rounded matrices.
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -135,20 +128,7 @@ def test_operations_pass_the_checks_of_torch(name, arguments):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip(f"the interpreter of triton {version} fails on numpy {numpy.__version__}")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "kernels" / "interpret_scores.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return under_interpreter(Path(__file__).parent / "interpret_scores.py", 600)
 
 
 @pytest.mark.parametrize(

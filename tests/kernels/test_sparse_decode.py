@@ -4,16 +4,10 @@ Run as a script it interprets the kernels and prints their errors as JSON. That 
 decides when it is first imported whether its functions are interpreted.
 """
 
-import importlib.metadata
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from prunekit_kernels.sparse_decode import PageLists, cases, refusal, sparse_decode
 from prunekit_kernels.sparse_decode.chunks import choose_chunks
 from prunekit_kernels.sparse_decode.reference import decode_reference
+from tests.kernels.interpreter import under_interpreter
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Interpreted: each small case in each type, and shapes drawn from seeds; the seed is in the test's name.
 RUNS = {f"{case.name}-{dtype}": (case, dtype, 1) for case in cases.SMALL for dtype in DTYPES} | {
@@ -199,20 +193,7 @@ def test_one_long_head_is_cut_as_if_it_were_alone():
 
 @pytest.fixture(scope="module")
 def interpreted():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip(f"the interpreter of triton {version} fails on numpy {numpy.__version__}")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return under_interpreter(Path(__file__))
 
 
 @pytest.mark.parametrize("name", RUNS)
