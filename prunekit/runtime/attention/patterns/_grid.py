@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -147,3 +148,33 @@ def best_tile(sizes: Sequence[int], reach: Sequence[int]) -> tuple[int, ...]:
     splits = itertools.product(range(TILE_BITS + 1), repeat=len(sizes))
     tiles = [tuple(1 << bits for bits in split) for split in splits if sum(split) == TILE_BITS]
     return min(tiles, key=lambda tile: (touched(tile), max(tile), tile))
+
+
+class OnGrid(ABC):
+    """A pattern whose rule speaks of one axis of a grid at a time."""
+
+    @functools.cached_property
+    @abstractmethod
+    def _grid(self) -> Grid:
+        """The grid that the pattern lies on."""
+
+    @abstractmethod
+    def span(self, axis: int, i: Tensor) -> tuple[Tensor, Tensor]:
+        """First key and one past the last that coordinate `i` sees along an axis."""
+
+    def allows(self, q: Tensor, k: Tensor) -> Tensor:
+        """True where the query at position `q` reads the key at position `k`."""
+        return self._grid.allows(q, k, self.span)
+
+    def key_ranges(self, first: int, last: int, n_keys: int) -> Iterable[tuple[int, int]]:
+        """Runs of slots around what the slots from `first` to `last` read."""
+        return self._grid.key_ranges(first, last, self.span)
+
+    def order(self, n_tokens: int) -> Tensor:
+        """Position of the token in each slot of the blocks, int64.
+
+        Raises:
+            UsageError: if the sequence is not the grid.
+        """
+        self._grid.require(n_tokens)
+        return self._grid.order

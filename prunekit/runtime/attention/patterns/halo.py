@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from prunekit.core.errors import UsageError
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._grid import Grid, best_tile, per_axis
+from prunekit.runtime.attention.patterns._grid import Grid, OnGrid, best_tile, per_axis
 
 
 @dataclass(frozen=True)
-class Halo:
+class Halo(OnGrid):
     """The grid is cut into blocks; every query of a block reads the block and `halo` tokens around it.
 
     Args:
@@ -61,20 +60,3 @@ class Halo:
         block, halo = self.block[axis], self.halo[axis]  # type: ignore[index]
         first = i // block * block - halo
         return first, first + block + 2 * halo
-
-    def allows(self, q: Tensor, k: Tensor) -> Tensor:
-        """True where the query at position `q` reads the key at position `k`."""
-        return self._grid.allows(q, k, self.span)
-
-    def key_ranges(self, first: int, last: int, n_keys: int) -> Iterable[tuple[int, int]]:
-        """Runs of slots around what the slots from `first` to `last` read."""
-        return self._grid.key_ranges(first, last, self.span)
-
-    def order(self, n_tokens: int) -> Tensor:
-        """Position of the token in each slot of the blocks, int64.
-
-        Raises:
-            UsageError: if the sequence is not the grid.
-        """
-        self._grid.require(n_tokens)
-        return self._grid.order

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from prunekit.core.errors import UsageError
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._grid import Grid, best_tile, per_axis
+from prunekit.runtime.attention.patterns._grid import Grid, OnGrid, best_tile, per_axis
 
 
 @dataclass(frozen=True)
-class Neighborhood:
+class Neighborhood(OnGrid):
     """Every query reads a window of exactly `window` keys along each axis, centred on it except near a border.
 
     At a border the window moves inward instead of shrinking. With a dilation of d, the tokens whose coordinate leaves
@@ -91,20 +90,3 @@ class Neighborhood:
             first = (leader - window // 2).clamp(min=0) - (leader + right - last).clamp(min=0)
             end = first + window
         return first * d + group, (end - 1) * d + group + 1
-
-    def allows(self, q: Tensor, k: Tensor) -> Tensor:
-        """True where the query at position `q` reads the key at position `k`."""
-        return self._grid.allows(q, k, self.span)
-
-    def key_ranges(self, first: int, last: int, n_keys: int) -> Iterable[tuple[int, int]]:
-        """Runs of slots around the windows of the slots from `first` to `last`."""
-        return self._grid.key_ranges(first, last, self.span)
-
-    def order(self, n_tokens: int) -> Tensor:
-        """Position of the token in each slot of the blocks, int64.
-
-        Raises:
-            UsageError: if the sequence is not the grid.
-        """
-        self._grid.require(n_tokens)
-        return self._grid.order
