@@ -26,8 +26,8 @@ class LeastSquares:
     model, r the cut model's residual stream before its sub-layer, and t the dense model's after it and after the
     removed sub-layers that follow, the new weights W minimise the mean of |t - r - W x|^2 + ridge mean(x^2)
     |W - W_dense|^2. So what is left makes up for what was removed beside it and for the error that came in before it.
-    Shapes stay; a projection with a bias gets a new one. It helps on text like the calibration data and little on other
-    text, so fit it on what the model will read.
+    Shapes stay; a projection with a bias gets a new one. It is strongest on text like the calibration data; fitted on
+    few tokens it does little for other text, so fit it on much of what the model will read.
 
     Args:
         ridge: how strongly weights are held to the dense ones, in mean squares of the projection's inputs. Small values
