@@ -67,9 +67,9 @@ class OnnxModel:
         """Something where it gives logits of the next token; the head is inside the graph."""
         return self if self._decoder is not None else None
 
-    def forward(self, input_ids: Any = None, past_key_values: Any = None) -> None:
-        """For what asks a model by which name it takes its cache; the graph is run by calling it."""
-        raise NotImplementedError
+    def forward(self, input_ids: Any = None, past_key_values: Any = None) -> SimpleNamespace:
+        """The same by another name, whose arguments tell by which name the cache is taken."""
+        return self(input_ids=input_ids, past_key_values=past_key_values)
 
     def __call__(self, **inputs: Any) -> SimpleNamespace:
         """One pass: `logits`, and of decoders `past_key_values`, or `last_hidden_state`, by what the graph gives.

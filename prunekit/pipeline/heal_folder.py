@@ -19,12 +19,12 @@ from prunekit.core.recipe import Recipe, parse_recipe
 from prunekit.heal.run import Healed, heal
 from prunekit.heal.scene import Scene, require_same_vocabulary
 from prunekit.modeling.load import load_tokenizer
-from prunekit.pipeline.carry_out import MANIFEST, write_recipe
 from prunekit.pipeline.choose import Talk, silent
 from prunekit.pipeline.healing import check_healing, notes_of, reference_of, scene_of, work_folder
 from prunekit.pipeline.inputs import check_evaluation, tokenizer_for
 from prunekit.pipeline.measure import Measurer, sections_of, subject_of, tasks_of
 from prunekit.pipeline.origins import data_digests
+from prunekit.pipeline.story import MANIFEST, write_recipe
 from prunekit.plan.layout import Pair, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView

@@ -14,11 +14,12 @@ from prunekit.core.errors import CheckpointError, PrunekitError, UsageError
 from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.recipe import parse_recipe
-from prunekit.pipeline.carry_out import MANIFEST, ONNX, made_from, replaced_of, write_exports, write_recipe
+from prunekit.pipeline.carry_out import made_from, replaced_of, write_exports
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.healing import healed_in_place, scene_of, work_folder
 from prunekit.pipeline.origins import data_digests, derived, source_digests
 from prunekit.pipeline.repair import with_repair
+from prunekit.pipeline.story import MANIFEST, ONNX, write_recipe
 from prunekit.structure.view import ModelView
 
 if TYPE_CHECKING:
