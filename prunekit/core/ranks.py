@@ -7,6 +7,7 @@ order, so one rank and N give the same result. Nothing is unpickled: what ranks 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 _LONGEST_WAIT = timedelta(days=2)
 _FAILED, _TOLD = "prunekit/failed", "prunekit/told"
 # How long the rank that holds the store stays after a failure, for the others to learn the exit code.
-_FAREWELL = timedelta(minutes=5)
+_FAREWELL = timedelta(seconds=30)
+# How often a waiting rank looks whether another one failed, in seconds.
+_LOOK_S = 0.002
 
 
 def started() -> int:
@@ -64,7 +67,7 @@ class Ranks:
     Args:
         rank: its number.
         size: how many there are.
-        store: small texts that all of them read; None for one process, or where someone else made the group.
+        store: small texts that all of them read; None for one process, or where a library made the group.
     """
 
     rank: int = 0
@@ -104,11 +107,21 @@ class Ranks:
         mine = torch.frombuffer(bytearray(save(held)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _together():
-            dist.all_gather(sizes, torch.tensor([mine.numel()]))
+            self._finish(dist.all_gather(sizes, torch.tensor([mine.numel()]), async_op=True))
             longest = max(int(size) for size in sizes)
             found = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-            dist.all_gather(found, torch.nn.functional.pad(mine, (0, longest - mine.numel())))
+            self._finish(
+                dist.all_gather(found, torch.nn.functional.pad(mine, (0, longest - mine.numel())), async_op=True)
+            )
         return [load(bytes(part[: int(size)].numpy())) for part, size in zip(found, sizes, strict=True)]
+
+    def _finish(self, work: Any) -> None:
+        """Waits for an exchange, but not for a rank that has said it failed."""
+        while not work.is_completed():
+            if self.store is not None and self.store.check([_FAILED]):
+                raise RuntimeError("it failed")
+            time.sleep(_LOOK_S)
+        work.wait()
 
     def of_first(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What the first rank makes, in all ranks: for what is measured, drawn or slow and small."""
@@ -138,6 +151,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+# The ranks of this run while it lasts.
+_run: list[Ranks] = []
 
 
 @contextmanager
@@ -155,7 +170,7 @@ def joined() -> Iterator[Ranks]:
     from torch.distributed.rendezvous import rendezvous
 
     if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield _run[-1] if _run else Ranks(dist.get_rank(), dist.get_world_size())
         return
     try:
         store, rank, size = next(rendezvous("env://"))
@@ -168,12 +183,15 @@ def joined() -> Iterator[Ranks]:
             why=str(error).partition("\n")[0],
             hint="start them by torchrun or accelerate launch",
         ) from error
+    _run.append(Ranks(rank, size, store))
     try:
-        yield Ranks(rank, size, store)
+        yield _run[-1]
     finally:
-        dist.destroy_process_group()
+        _run.pop()
+        # An exchange that another rank will never join ends when that rank's process does.
         with suppress(RuntimeError):
             _say_farewell(store, rank, size)
+        dist.destroy_process_group()
 
 
 def _say_farewell(store: Any, rank: int, size: int) -> None:
