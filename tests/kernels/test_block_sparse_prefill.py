@@ -24,8 +24,9 @@ def expect_same(case, dtype, out, lse, expected, sums):
     assert worst <= cases.LSE_ABSOLUTE[dtype], f"log-sum-exp of {case.name} is {worst:.2e} off"
 
 
-def test_bits_come_back():
-    mask = torch.rand(3, 5, 96, generator=torch.Generator().manual_seed(0)) < 0.5
+@pytest.mark.parametrize("masks", [3, 0])
+def test_bits_come_back(masks):
+    mask = torch.rand(masks, 5, 96, generator=torch.Generator().manual_seed(0)) < 0.5
     assert torch.equal(unpack_bits(pack_bits(mask)), mask)
 
 
