@@ -118,6 +118,7 @@ def test_summaries_of_a_last_page_that_is_not_full():
         ("select_blocks", (torch.rand(2, 2, 4), 32, 32, 64, 128, 64, True, 2, 0.0, 1, 1, 4, False)),
         ("page_bounds", (torch.randn(1, 2, 37, 8), 16)),
         ("block_means", (torch.randn(1, 2, 37, 8), 16)),
+        ("page_scores", (torch.randn(1, 4, 1, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))),
         ("merge_attention", (torch.randn(2, 3, 8), torch.randn(2, 3), torch.randn(2, 3, 8), torch.randn(2, 3))),
     ],
 )
@@ -153,6 +154,7 @@ def test_interpreted_summaries_and_merge_equal_float64(interpreted, dtype):
     exact, means = interpreted["summarized"][str(dtype)]
     assert exact
     assert means <= cases.RELATIVE[dtype]
+    assert interpreted["bounded"][str(dtype)] <= 1e-5
     error, same = interpreted["merged"][str(dtype)]
     assert error <= cases.RELATIVE[dtype]
     assert same
