@@ -17,6 +17,7 @@ from prunekit_kernels.merge import portable as merge
 from prunekit_kernels.merge.op import merge_reference
 from prunekit_kernels.page_summaries import portable as summaries
 from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference, page_scores_reference
+from prunekit_kernels.permute import portable as permute
 
 FOLDED = ((1, 4, 2, 100, 100, 64, 8, 32, 32, True), (1, 2, 2, 70, 200, 80, 8, 64, 32, False))
 # Each kind of list once, and rounding once.
@@ -102,6 +103,13 @@ def bounded(dtype):
     )
 
 
+def permuted():
+    """Whether tokens stored as models store them come in the order asked for."""
+    generator = torch.Generator().manual_seed(9)
+    x, order = torch.randn(2, 100, 3, 80, generator=generator).transpose(1, 2), torch.randperm(100, generator=generator)
+    return torch.equal(permute.launch(x, order.int()), x[:, :, order])
+
+
 def merged(dtype):
     """Relative error of a merge in which some rows read nothing, and whether the log-sum-exps agree."""
     generator = torch.Generator().manual_seed(7)
@@ -125,6 +133,7 @@ if __name__ == "__main__":
                 "selected": [selected(seed) for seed in range(12)],
                 "summarized": {str(t): summarized(t) for t in types},
                 "bounded": {str(t): bounded(t) for t in types},
+                "permuted": permuted(),
                 "merged": {str(t): merged(t) for t in types},
             }
         )
