@@ -84,14 +84,16 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=3, help="pass keys; 0 leaves them out")
     parser.add_argument("--only", nargs="+", default=[], help="names of patterns; all if none is given")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--source", default=SOURCE, help=f"{SOURCE}, or a folder that holds it")
+    parser.add_argument("--text", default=TEXT, help=f"{TEXT}, or a file of text")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no pattern is begun after so many")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="sparse attention runs in plain torch")
     began = time.monotonic()
-    subject = open_subject(SOURCE, options.device, None, 1)
+    subject = open_subject(options.source, options.device, None, 1)
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     for length in options.lengths:
-        windows = token_batch(subject.tokenizer, TEXT, options.windows, length)
+        windows = token_batch(subject.tokenizer, options.text, options.windows, length)
         task = Passkey(lengths=(length - 64,), limit=max(1, options.keys))
         prompts = task.prepare(task.load(), subject)
         for section in patterns(length):
@@ -100,8 +102,9 @@ def main() -> None:
             if time.monotonic() - began > options.seconds:
                 return
             about = {
-                "length": length, "windows": options.windows, "keys": options.keys, "source": SOURCE, "text": TEXT,
-                "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine(),
+                "length": length, "windows": options.windows, "keys": options.keys, "source": SOURCE,
+                "text": options.text, "torch": torch.__version__, "transformers": transformers.__version__,
+                "machine": platform.machine(),
                 "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
                 "dtype": str(subject.model.dtype).removeprefix("torch."),
             }  # fmt: skip

@@ -473,6 +473,14 @@ class Suite:
                         q, k, v, pattern.prompt_lists(q, k, SCALE), scale=SCALE
                     ), density=pairs, scoring_share=scoring / (scoring + attention),
                 )  # fmt: skip
+        with self.case("scored", "scores alone", shape):
+            folded = n // 16
+            flops = 2.0 * DIM * 16 * folded * (folded + 1) / 2 * self.heads
+            wide = (scores_portable.Tile(128, 256, 64, 8, 3), scores_portable.Tile(128, 128, 64, 8, 3))
+            for tile in (None,) if self.rehearse else wide:
+                self.time("scored", shape, f"antidiagonal scores alone, {tile or 'default'}",
+                          lambda tile=tile: scores_portable.folded(q, k, 16, 128, 128, 0, True, SCALE, tile),
+                          flops=flops)  # fmt: skip
         with self.case("scored", "choice alone", shape):
             scores = torch.rand(self.heads, blocks, blocks, device=self.on)
             self.time("scored", shape, "lists from scores", lambda: scored_lists(scores, n, n, keep=keep))
@@ -632,7 +640,7 @@ class Suite:
         late = []
         for name, process in zip(self.options.only, running, strict=True):
             try:
-                process.wait(timeout=max(1.0, 110 - self.seconds()))
+                process.wait(timeout=max(1.0, self.options.compile_seconds - self.seconds()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 late.append(name)
@@ -742,6 +750,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are written here")
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--seconds", type=float, default=285, help="nothing new is begun after so many")
+    parser.add_argument("--compile-seconds", type=float, default=110, help="what compiling first may take")
     parser.add_argument("--commit", default="", help="what the rows call the code; asked of git if not given")
     parser.add_argument("--no-warm", action="store_true", help="compile as it goes")
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)

@@ -21,8 +21,9 @@ NEAR = 4
 def _folded(
     q_ptr, k_ptr, lse_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt,
     heads, n_queries, n_keys, q_offset, n_rows, n_cols, n_col_tiles, scale_log2,
-    NEAR: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, INNER: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (base two) of each folded row of queries over each block of INNER folded keys.
 
@@ -132,24 +133,23 @@ def _select(
         low = tl.full([], -2147483648, tl.int64)
         high = tl.full([], 2147483648, tl.int64)
         if MODE == 0:
-            # Three thresholds a turn: their counts, at most 2 ** 14 each, share one sum.
+            # Two thresholds a turn: their counts, at most 2 ** 14 each, share one sum. Blocks that are not seen have
+            # the least key, below any threshold.
             while high - low > 1:
-                width_now = tl.maximum((high - low) >> 2, 1)
-                first_at, second_at, third_at = low + width_now, low + 2 * width_now, low + 3 * width_now
-                found = (seen & (key >= tl.minimum(first_at, 2147483647).to(tl.int32))).to(tl.int64)
-                found += (seen & (key >= tl.minimum(second_at, 2147483647).to(tl.int32))).to(tl.int64) << 16
-                found += (seen & (key >= tl.minimum(third_at, 2147483647).to(tl.int32))).to(tl.int64) << 32
-                total = tl.sum(found, 0)
+                third = tl.maximum((high - low) // 3, 1)
+                first_at, second_at = low + third, low + 2 * third
+                total = tl.sum(
+                    (key >= first_at.to(tl.int32)).to(tl.int32)
+                    + ((key >= tl.minimum(second_at, 2147483647).to(tl.int32)).to(tl.int32) << 16), 0,
+                )  # fmt: skip
                 first_n = total & 0xFFFF
-                second_n = tl.where(second_at < high, (total >> 16) & 0xFFFF, -1)
-                third_n = tl.where(third_at < high, total >> 32, -1)
-                high = tl.where(third_n >= wanted, high, tl.where(second_n >= wanted, tl.minimum(third_at, high),
-                                tl.where(first_n >= wanted, tl.minimum(second_at, high), first_at)))  # fmt: skip
-                low = tl.where(third_n >= wanted, third_at, tl.where(second_n >= wanted, second_at,
-                               tl.where(first_n >= wanted, first_at, low)))  # fmt: skip
+                second_n = tl.where(second_at < high, total >> 16, -1)
+                high = tl.where(second_n >= wanted, high, tl.where(first_n >= wanted, tl.minimum(second_at, high),
+                                first_at))  # fmt: skip
+                low = tl.where(second_n >= wanted, second_at, tl.where(first_n >= wanted, first_at, low))
                 # A threshold that exactly the wanted blocks reach ends the search.
-                exact = tl.where(first_n == wanted, first_at, tl.where(second_n == wanted, second_at, third_at))
-                done = (first_n == wanted) | (second_n == wanted) | (third_n == wanted)
+                exact = tl.where(first_n == wanted, first_at, second_at)
+                done = (first_n == wanted) | (second_n == wanted)
                 low = tl.where(done, exact, low)
                 high = tl.where(done, exact + 1, high)
         else:
@@ -160,11 +160,12 @@ def _select(
                 high = tl.where(enough, high, middle)
         if MODE == 0:
             least = low.to(tl.int32)
-            sure = seen & (key > least)
-            equal = seen & (key == least)
-            n_equal = tl.sum(equal.to(tl.int32), 0)
-            to_the_right = n_equal - tl.cumsum(equal.to(tl.int32), 0)
-            chosen = sure | (equal & (to_the_right < wanted - tl.sum(sure.to(tl.int32), 0)))
+            chosen = seen & (key >= least)
+            too_many = tl.sum(chosen.to(tl.int32), 0) - wanted
+            if too_many > 0:
+                # Of equal blocks the nearer, which has the larger number, comes first.
+                equal = seen & (key == least)
+                chosen = chosen & ((equal == 0) | (tl.cumsum(equal.to(tl.int32), 0) > too_many))
         else:
             chosen = seen & (key >= low.to(tl.int32))
     masked = (c + 1) * BLOCK_K > n_keys
@@ -224,8 +225,8 @@ def folded(
     _folded[(triton.cdiv(row_tiles, NEAR) * NEAR * col_tiles * group, batch * kv_heads)](
         q, k, lse, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         heads, n_queries, n_keys, q_offset, n_folded, cols, col_tiles, scale / stride * 1.4426950408889634,
-        NEAR=NEAR, GROUP=group, DIM=dim, BLOCK_D=tile.channels, STRIDE=stride, ROWS=tile.rows, COLS=tile_cols, INNER=inner,
-        CAUSAL=causal, WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        NEAR=NEAR, GROUP=group, DIM=dim, BLOCK_D=tile.channels, STRIDE=stride, ROWS=tile.rows, COLS=tile_cols,
+        INNER=inner, CAUSAL=causal, WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _summed[(rows, batch * heads)](
@@ -250,6 +251,6 @@ def select(
         scores.contiguous(), counts, partials, indices, rows, cols, width, n_queries, n_keys, q_offset, keep, mass,
         sink, window, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=causal,
         MODE=TOP if keep > 0 else MASS if mass > 0 else POSITIVE, ASCENDING=ascending, COLS=size,
-        num_warps=warps or (1 if size <= 512 else 4 if size <= 2048 else 8),
+        num_warps=warps or min(8, max(1, size // 512)),
     )  # fmt: skip
     return counts, partials, indices

@@ -275,14 +275,16 @@ def _consume(
         acc = gl.zeros([64, DIM], gl.float32, layout=O_LAYOUT)
         for j in range(1, partial):
             acc, p16, m, l = _step(
-                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j,
-                mask_at + j, masks, q_first, n_keys, scale_log2, True, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, mask_at + j,
+                masks, q_first, n_keys, scale_log2, True, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT,
+                P_LAYOUT,
             )  # fmt: skip
             step += 1
         for j in range(partial, count):
             acc, p16, m, l = _step(
-                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j,
-                mask_at + j, masks, q_first, n_keys, scale_log2, False, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, mask_at + j,
+                masks, q_first, n_keys, scale_log2, False, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT,
+                P_LAYOUT,
             )  # fmt: skip
             step += 1
         mbarrier.arrive(q_empty.index(WHO), count=1)
@@ -327,8 +329,8 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_head", "max_count", "mask_width", "n_tiles", "n_rows", "heads", "group", "n_kv_heads", "n_queries", "n_keys",
-        "q_offset",
+        "stride_head", "max_count", "mask_width", "n_tiles", "n_rows", "heads", "group", "n_kv_heads", "n_queries",
+        "n_keys", "q_offset",
     ]
 )  # fmt: skip
 def block_sparse_prefill_hopper(

@@ -1,4 +1,4 @@
-"""What a page or block of keys looks like from outside: its smallest and largest values, or its mean; and what they promise a query."""
+"""What a page or block of keys looks like from outside: bounds of its values, what they promise, or its mean."""
 
 from prunekit_kernels.page_summaries.op import block_means, page_bounds, page_scores
 

@@ -101,7 +101,7 @@ def _bounds_scores(
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * n_pages + page, best, mask=page < n_pages)
 
 
-def bounds_scores(q: Tensor, low: Tensor, high: Tensor, pages: int = 64, warps: int = 4) -> Tensor:
+def bounds_scores(q: Tensor, low: Tensor, high: Tensor, pages: int = 64, warps: int = 2) -> Tensor:
     """Runs the kernel; arguments and result as in `page_scores`."""
     batch, kv_heads, n_pages, dim = low.shape
     group = q.shape[1] // kv_heads

@@ -11,7 +11,7 @@ size, P pages.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -33,7 +33,6 @@ class Tile:
         stages: pipeline stages.
         programs: programs that an SM is expected to hold at a time.
         early: whether the joining kernel may be scheduled before the chunks are done (Hopper and later).
-        fused: whether the last chunk of a list that is done joins them all, instead of a second kernel.
     """
 
     keys: int
@@ -41,7 +40,6 @@ class Tile:
     stages: int = 4
     programs: int = 2
     early: bool = False
-    fused: bool = False
 
 
 @triton.jit
@@ -58,12 +56,12 @@ def _page(list_at, at, last, PAGE: tl.constexpr, TILE: tl.constexpr):
 # Without this the compiler builds one kernel for each divisibility of each number.
 @triton.jit(do_not_specialize=["chunk", "n_chunks", "group"])
 def _chunks(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, indices, starts, tokens, done, joined_ptr, joined_lse,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, indices, starts, tokens,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kp, stride_kt, stride_vb, stride_vg, stride_vp,
     stride_vt, chunk, n_chunks, group, scale_log2,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, ALIKE: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, FUSED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    TILE: tl.constexpr, ALIKE: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attention over one chunk; WHOLE says that there is but one, whose result is the final one."""
     if EARLY:
@@ -134,36 +132,6 @@ def _chunks(
         tl.store(lse_ptr + row, lse * LN2 if WHOLE else lse, mask=real)
         store = real[:, None] & d_mask[None, :]
         tl.store(out_ptr + row[:, None] * DIM + at_d[None, :], out.to(out_ptr.dtype.element_ty), mask=store)
-        if FUSED:
-            n = tl.maximum(tl.cdiv(n_tokens, chunk), 1)
-            # Every thread's results before the one count of this program, and that before what the last one reads.
-            tl.debug_barrier()
-            if tl.atomic_add(done + line, 1, sem="acq_rel") == n - 1:
-                tl.debug_barrier()
-                top = tl.full([ROWS], float("-inf"), tl.float32)
-                weight_sum = tl.zeros([ROWS], tl.float32)
-                whole = tl.zeros([ROWS, BLOCK_D], tl.float32)
-                for other in range(n):
-                    at_row = (line.to(tl.int64) * n_chunks + other) * (group * QUERIES) + at_r
-                    part_lse = tl.load(lse_ptr + at_row, mask=real, other=float("-inf"), cache_modifier=".cg")
-                    part = tl.load(
-                        out_ptr + at_row[:, None] * DIM + at_d[None, :], mask=store, other=0.0, cache_modifier=".cg"
-                    )
-                    top_new = tl.maximum(top, part_lse)
-                    safe_top = tl.where(top_new == float("-inf"), 0.0, top_new)
-                    shrink = tl.exp2(top - safe_top)
-                    weight = tl.exp2(part_lse - safe_top)
-                    whole = whole * shrink[:, None] + part * weight[:, None]
-                    weight_sum = weight_sum * shrink + weight
-                    top = top_new
-                safe_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
-                at_row = line.to(tl.int64) * (group * QUERIES) + at_r
-                sums = tl.where(weight_sum == 0.0, float("-inf"), (top + tl.log2(safe_sum)) * LN2)
-                tl.store(joined_lse + at_row, sums, mask=real)
-                joined = (whole / safe_sum[:, None]).to(joined_ptr.dtype.element_ty)
-                tl.store(joined_ptr + at_row[:, None] * DIM + at_d[None, :], joined, mask=store)
-                # For the next launch.
-                tl.store(done + line, 0)
 
 
 @triton.jit(do_not_specialize=["chunk", "n_chunks", "n_rows"])
@@ -213,10 +181,9 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@functools.lru_cache(maxsize=64)
-def _counters(device: str, lists: int) -> Tensor:
-    """Zeros, which every launch leaves as zeros."""
-    return torch.zeros(lists, dtype=torch.int32, device=device)
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _strides(cache: Tensor, page_tokens: int, paged: bool) -> tuple[int, int, int, int]:
@@ -234,13 +201,14 @@ def launch(
     """Runs the kernels; arguments and result as in `sparse_decode`, head dimensions contiguous.
 
     Args:
-        tile: layout of the launch; `default_tile` if None.
+        tile: layout of the launch; if None `default_tile`, joining early where the card can: 13.4 instead of 14.2 us
+            for 2,048 tokens at batch 1 on an H100, nothing at batch 8.
         chunks: how the lists are cut, in multiples of the tile's keys; `choose_chunks` if None.
     """
     batch, heads, queries, dim = q.shape
     kv_heads = starts.shape[1]
     rows = heads // kv_heads * queries
-    tile = tile or default_tile(dim)
+    tile = tile or replace(default_tile(dim), early=q.is_cuda and _capability(q.device.index or 0) >= (9, 0))
     if chunks is None:
         # The interpreter has no card to fill; it cuts as for a small one.
         slots = tile.programs * (_multiprocessors(q.device.index or 0) if q.is_cuda else 4)
@@ -252,22 +220,19 @@ def launch(
     part = out if whole else q.new_empty((*shape, dim), dtype=torch.float32)
     part_lse = lse if whole else q.new_empty(shape, dtype=torch.float32)
     block_d = triton.next_power_of_2(dim)
-    fused = tile.fused and not whole
-    done = _counters(str(q.device), batch * kv_heads) if fused else tokens
     indices, starts, tokens = indices.contiguous(), starts.contiguous(), tokens.contiguous()
     _chunks[(chunks.n, kv_heads, batch)](
-        q, k, v, part, part_lse, indices, starts, tokens, done, out, lse,
+        q, k, v, part, part_lse, indices, starts, tokens,
         q.stride(0), q.stride(1), q.stride(2), *_strides(k, page_tokens, paged), *_strides(v, page_tokens, paged),
         chunks.tokens, chunks.n, heads // kv_heads, scale * 1.4426950408889634,
         QUERIES=queries, ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, BLOCK_D=block_d, PAGE=page_tokens,
         TILE=tile.keys, ALIKE=k.stride() == v.stride(), WHOLE=whole, EARLY=tile.early and not whole,
-        FUSED=fused,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if not whole and not fused:
+    if not whole:
         _join[(batch * kv_heads, rows)](
             part, part_lse, out, lse, tokens, chunks.tokens, chunks.n, rows,
             DIM=dim, BLOCK_D=block_d, STEP=16 if chunks.n <= 16 else 64, EARLY=tile.early,
