@@ -196,10 +196,12 @@ class Bench:
                 return 1
             model = self.build(TINY if self.options.rehearse else SHAPE)
             self.write(what="built", parameters=sum(p.numel() for p in model.parameters()))
-            for length in self.options.lengths:
-                self.prompts(model, length)
-            for length, batch in [(n, 1) for n in reversed(self.options.lengths)] + [(self.options.lengths[0], 4)]:
+            first, *longer = self.options.lengths
+            self.prompts(model, first)
+            for length, batch in [(n, 1) for n in longer] + [(first, 4)]:
                 self.steps(model, length, batch)
+            for length in longer:
+                self.prompts(model, length)
         self.write(what="done", seconds=round(self.seconds()))
         return 0
 
