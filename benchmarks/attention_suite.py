@@ -419,8 +419,9 @@ class Suite:
         q, k = (torch.randn(1, h, n, DIM, dtype=torch.float16) for h in (4, 2))
         here = [t.to(self.on) for t in (q, k)]
         expected = scores_reference.folded_scores(q.double(), k.double(), 16, 128, 128, 0, True, SCALE)
-        got = scores_portable.folded(*here, 16, 128, 128, 0, True, SCALE)
-        self.check("scored", "antidiagonal scores", got.cpu(), expected, 2e-3)
+        for tile in (None,) if self.rehearse else (None, scores_portable.Tile(128, 128, 64, 8, 3)):
+            got = scores_portable.folded(*here, 16, 128, 128, 0, True, SCALE, tile)
+            self.check("scored", f"antidiagonal scores {tile or ''}", got.cpu(), expected, 2e-3)
         self.check("scored", "means", block_means(here[1], 128).cpu(), means_reference(k.double(), 128), 1e-3)
         for keep, mass in ((3, 0.0), (0, 0.5), (0, 0.0)):
             given = torch.randint(-8 if not mass else 0, 64, (4, 9, 9)).float() / 64
