@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from prunekit.core.errors import PrunekitError
+from prunekit.core.pattern_options import runtime_problems
 from prunekit.core.recipe_evaluate import EXPECTATIONS
 from prunekit.core.recipe_fields import knob_problems
 from prunekit.core.recipe_heal import Heal, Training
@@ -49,6 +50,7 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
     problems += _vocab(data)
     for part in ("calibrate", "learn", "heal"):
         problems += _select(data, part)
+    problems += runtime_problems(data.get("runtime"), _inside(data, "export", "formats"))
     problems += _export(data)
     problems += _require(data)
     tasks = _inside(data, "evaluate", "tasks")

@@ -16,7 +16,6 @@ from prunekit.core.yaml_lines import KeyPath
 
 # What a recipe may come to say, and what does the nearest thing until then.
 NOT_BUILT = {
-    ("runtime",): "run-time patterns and cache policies are not part of recipes yet",
     ("steps", "rewire"): "rewiring is not built yet; steps remove units",
 }
 _NOT_BUILT_VALUES = {

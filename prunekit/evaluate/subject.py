@@ -38,6 +38,7 @@ class Subject:
         batch_size: rows that tasks run at once.
         trust_remote_code: whether modelling code inside the folder may run.
         attention: section of the sparse runtime that it runs under, such as `{"pattern": "power"}`; None is dense.
+        strict: whether a pattern without a kernel for it is an error.
         loaded: the model where it is in memory already.
     """
 
@@ -51,6 +52,7 @@ class Subject:
     batch_size: int = 8
     trust_remote_code: bool = False
     attention: Mapping[str, Any] | None = None
+    strict: bool = False
     loaded: Any = field(default=None, repr=False)
 
     @property
@@ -70,6 +72,7 @@ class Subject:
 
         Raises:
             CheckpointError: if it cannot be loaded.
+            RuntimePolicyError: if its pattern is for another model, or, if strict, has no kernel.
         """
         if self.loaded is None:
             if self.backend == "onnx":
@@ -83,7 +86,7 @@ class Subject:
                 if self.attention is not None:
                     from prunekit.runtime import attach
 
-                    attach(model, self.attention)
+                    attach(model, self.attention, strict=self.strict)
                 self.loaded = model
         return self.loaded
 
@@ -138,6 +141,8 @@ def open_subject(
 ) -> Subject:
     """A model by folder, ONNX folder, hub id, GGUF file or packaged name; headers and tokenizer are read, no weight.
 
+    A folder whose configuration names a pattern runs under it.
+
     Args:
         source: as the command line takes it.
         device: where it will run.
@@ -152,6 +157,7 @@ def open_subject(
     from prunekit.checkpoint.reader import Checkpoint
     from prunekit.checkpoint.sources import resolve
     from prunekit.modeling.load import load_tokenizer
+    from prunekit.runtime.attention.policy import section_of
 
     path = Path(source).expanduser()
     graph = path.parent if path.name == GRAPH else path
@@ -161,6 +167,7 @@ def open_subject(
     checkpoint = Checkpoint.open(resolved.folder)
     taken = dtype or ("float32" if device == "cpu" else "auto")
     subject = Subject(resolved.name, resolved.folder, checkpoint.config, None, "torch", device, taken, batch_size)
+    subject.attention = section_of(checkpoint.config.get("prunekit"))
     if subject.kind != "images":
         subject.tokenizer = load_tokenizer(resolved.folder)
     return subject

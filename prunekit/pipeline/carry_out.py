@@ -26,6 +26,7 @@ from prunekit.pipeline.healing import (
 )
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer, kl_windows, sections_of, subject_of, tasks_of
+from prunekit.pipeline.pattern import check_pattern, under_pattern, write_pattern
 from prunekit.pipeline.repair import as_stored, put_into, repair_inputs, with_repair
 from prunekit.pipeline.story import ONNX, write_story
 from prunekit.plan.loads import loads
@@ -154,6 +155,7 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
         raise ExportError(f"`{output}` is the model itself", hint="give another folder")
     _require_formats(recipe, view, None)
     check_evaluation(view, recipe)
+    check_pattern(view, recipe)
     check_healing(view, recipe)
     learning.check_learning(view, recipe)
     tokenizer = tokenizer_for(view, recipe) if _needs_tokenizer(recipe) else None
@@ -186,6 +188,7 @@ def _finish(
 
     talk(f"writing a {made.layout.kind} checkpoint")
     engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced_of(made))
+    write_pattern(recipe, made, folder)
     clock.lap("cut")
     talk("measuring before and after")
     tokenizer = tokenizer_for(made.view, recipe) if _needs_tokenizer(recipe) else None
@@ -284,7 +287,10 @@ def made_from(recipe: Recipe, made: Made) -> str:
 def _again(measurer: Measurer, dense: Any, folder: Path) -> dict[str, Any]:
     """What can only be known of the folder as it is."""
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"file_bytes": file_bytes, **measurer.measure(measurer.load(folder), dense)}
+    model = measurer.load(folder)
+    if measurer.recipe.runtime is not None:
+        under_pattern(model)
+    return {"file_bytes": file_bytes, **measurer.measure(model, dense)}
 
 
 def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:

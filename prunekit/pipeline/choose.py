@@ -19,6 +19,7 @@ from prunekit.core.types import Order, OrderStep, Scores
 from prunekit.pipeline.costs import costs_of
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, offloaded, selected_batch, tokenizer_for
 from prunekit.pipeline.learning import check_learning, learned_after
+from prunekit.pipeline.pattern import check_pattern
 from prunekit.pipeline.trim import with_vocabulary
 from prunekit.pipeline.weights import reading
 from prunekit.plan.after import after
@@ -105,6 +106,7 @@ def make_plan(
         require_one_process("latency_ms")
     table = costs_of(recipe, view, device_of(recipe), progress, talk)
     check_learning(view, recipe)
+    check_pattern(view, recipe)
     plan, orders = Plan.make(view), []
     with joined() as ranks:
         for number, step in enumerate(recipe.steps, 1):

@@ -25,9 +25,13 @@ def cut_config(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     Raises:
         SurgeryError: if the format cannot say what is left, or the model computes something else once blocks move.
     """
-    if layout.kind == "heterogeneous":
-        return _heterogeneous(view, plan, layout)
-    return _stock(view, plan, layout)
+    config = _heterogeneous(view, plan, layout) if layout.kind == "heterogeneous" else _stock(view, plan, layout)
+    runtime = (config.get("prunekit") or {}).get("runtime") or {}
+    if "made_for" in (runtime.get("attention") or {}):
+        # The pattern was chosen for the model before the cut, and goes along.
+        attention = {key: value for key, value in runtime["attention"].items() if key != "made_for"}
+        config = config | {"prunekit": config["prunekit"] | {"runtime": runtime | {"attention": attention}}}
+    return config
 
 
 def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:

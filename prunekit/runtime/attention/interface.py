@@ -10,6 +10,7 @@ Shapes: B batch, H query heads, G key-value heads, Q queries, T keys, D head siz
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,15 +27,23 @@ from prunekit.runtime.attention.patterns._engine import Pattern, block_lists, or
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.policy import policy_of
-from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill
+from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, refusal
 
 NAME = "prunekit"
+# Reasons for the slow path that were said in this process.
+_SAID: set[str] = set()
 
 
 def register() -> None:
     """Makes `attn_implementation="prunekit"` known to transformers, for this process."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def say_slow(reason: str, stacklevel: int = 2) -> None:
+    """Warns that attention runs without a kernel; a layer that meets the same reason later says nothing."""
+    _SAID.add(reason)
+    warnings.warn(f"sparse attention runs in plain torch, which is right but slow: {reason}", stacklevel=stacklevel + 1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -104,7 +113,8 @@ def attention(
     Returns:
         [B, Q, H, D], and None for the weights.
     Raises:
-        RuntimePolicyError: if the pattern and the module disagree on causality, or dropout is asked for.
+        RuntimePolicyError: if the pattern is for another model or shorter sequences, if pattern and module disagree on
+            causality, or if dropout is asked for.
     """
     policy = policy_of(module.config)
     causal = options.get("is_causal")
@@ -124,6 +134,9 @@ def attention(
     pattern = policy.pattern
     _check(pattern, causal, dropout)
     n_queries, n_keys = query.shape[2], key.shape[2]
+    policy.require_length(n_keys)
+    if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
+        say_slow(reason)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
         raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
     rows = _step_mask(attention_mask, n_queries, n_keys, causal)
