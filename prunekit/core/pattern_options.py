@@ -13,7 +13,6 @@ from prunekit.core.recipe_runtime import SHARED
 from prunekit.core.registry import PATTERNS
 from prunekit.core.yaml_lines import KeyPath
 
-
 # Formats that hold one graph for every input, which is all a pattern by position needs.
 _GRAPHS = ("onnx", "genai")
 

@@ -18,9 +18,9 @@ from prunekit.modeling.quiet import quiet
 from prunekit.runtime.attention.masked import mask_by_pattern
 
 if TYPE_CHECKING:
-    import onnx_ir
     from pathlib import Path
 
+    import onnx_ir
     from transformers import PreTrainedModel
 
 BATCH, LENGTH, PAST = "batch_size", "sequence_length", "past_sequence_length"
