@@ -62,7 +62,8 @@ def export_onnx(
 ) -> OnnxReport:
     """Writes a checkpoint as ONNX and compares it with torch before the folder appears.
 
-    A static pattern in the configuration goes along as a mask. Weights are float32 whatever the checkpoint holds: ONNX Runtime's CPU provider has no bfloat16 arithmetic.
+    A static pattern in the configuration goes along as a mask. Weights are float32 whatever the checkpoint holds: ONNX
+    Runtime's CPU provider has no bfloat16 arithmetic.
 
     Args:
         model_folder: checkpoint folder, stock or heterogeneous.

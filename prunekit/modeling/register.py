@@ -5,8 +5,8 @@ transformers maps a model type to the name of a configuration class, and looks t
 exists, and supplies the module, with the class of `modeling_prunekit.py`. Registering the classes themselves at that
 point would import model code while transformers is half imported.
 
-`attn_implementation="prunekit"` is a name that transformers looks up in the interface that its `modeling_utils` defines;
-what adds it is given by the caller and runs once that module is there.
+`attn_implementation="prunekit"` is a name that transformers looks up in an interface of its `modeling_utils`; what adds
+it is given by the caller and runs once that module is there.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +154,7 @@ def steps_of(run: OrtDecoder, ids: np.ndarray, mask: np.ndarray, prompt: int) ->
     """Logits of a prompt, three tokens at once and single tokens, over the cache."""
     cache, parts = run.empty_cache(len(ids)), []
     cuts = [0, prompt, prompt + 3, *range(prompt + 4, ids.shape[1] + 1)]
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         parts.append(run.step(ids[:, first:last], mask[:, :last], cache))
     return np.concatenate(parts, 1)
 

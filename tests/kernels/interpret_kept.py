@@ -26,7 +26,8 @@ def counted(shape, dtype):
 def prefill(q, k, v, lists, starts, ends, **more):
     return portable.launch(
         q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends,
-        lists.block_q, lists.block_k, lists.q_offset, lists.causal, q.shape[-1] ** -0.5, portable.Tile(32, 4, 2), **more,
+        lists.block_q, lists.block_k, lists.q_offset, lists.causal, q.shape[-1] ** -0.5, portable.Tile(32, 4, 2),
+        **more,
     )  # fmt: skip
 
 

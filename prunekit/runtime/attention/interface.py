@@ -134,7 +134,9 @@ def attention(
     pattern = policy.pattern
     _check(pattern, causal, dropout)
     n_queries, n_keys = query.shape[2], key.shape[2]
-    policy.require_length(n_keys)
+    if not cannot_ask(query):
+        # A compiled step sees all slots of its cache, not how many are filled.
+        policy.require_length(n_keys)
     if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
         say_slow(reason)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:

@@ -1,4 +1,4 @@
-"""A pattern as a dense mask on plain attention: what an exported graph can hold, and the reference for what it computes.
+"""A pattern as a dense mask on plain attention: what a graph can hold, and the reference for what it computes.
 
 Everything is operations on tensors that follow batch and lengths, so that one trace serves all of them.
 

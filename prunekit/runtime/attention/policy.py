@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from prunekit.core.errors import RuntimePolicyError, UsageError
-from prunekit.core.pattern_options import pattern_problems
 from prunekit.core.registry import PATTERNS
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
@@ -80,7 +81,7 @@ class Policy:
         """
         if self.length_tokens is not None and n_tokens > self.length_tokens:
             raise RuntimePolicyError(
-                f"a sequence of {n_tokens:,} tokens is longer than the pattern `{name_of(self.pattern)}` was chosen for",
+                f"a sequence of {n_tokens:,} tokens is longer than `{name_of(self.pattern)}` was chosen for",
                 why=f"`length_tokens` is {self.length_tokens:,}",
                 hint="shorten it, or choose the pattern for longer ones",
             )
@@ -118,15 +119,17 @@ def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[in
     if not isinstance(name, str):
         raise UsageError("a runtime section names no pattern", hint=f"add `pattern:`, one of {', '.join(names())}")
     listed, length, made_for = (options.pop(key, None) for key in ("layers", "length_tokens", "made_for"))
-    for problem in pattern_problems(name, options):
-        raise UsageError(problem.what, why=problem.why, hint=problem.hint)
+    known = PATTERNS.get(name)
+    allowed = [field.name for field in dataclasses.fields(known)]
+    unknown = [key for key in options if key not in allowed]
+    if unknown:
+        raise UsageError(f"`{unknown[0]}` is no option of pattern `{name}`", hint=f"there are {', '.join(allowed)}")
     if listed is not None and not (isinstance(listed, list | tuple) and all(type(n) is int for n in listed)):
         raise UsageError(f"`layers: {listed}` is no list of layers", hint="for example layers=[2, 3]")
     if length is not None and (type(length) is not int or length < 1):
         raise UsageError(f"`length_tokens: {length}` is no length", why="it is a whole number of at least 1")
     if made_for is not None and not isinstance(made_for, Mapping):
         raise UsageError(f"`made_for: {made_for}` is no mapping", hint="take it out")
-    known = PATTERNS.get(name)
     listed = layers if listed is None else tuple(listed)
     return Policy(known(**options), listed, length, tuple(sorted((made_for or {}).items())))
 
@@ -136,12 +139,25 @@ def _parsed(text: str) -> Policy:
     return policy(json.loads(text))
 
 
+# Every policy that a configuration named in this process. A compiled layer holds the number of its policy: dynamo traces
+# methods of what a list holds, not those of a constant.
+_POLICIES: list[Policy] = []
+
+
 def policy_of(config: Any) -> Policy:
     """The policy of a model's config.
 
     Raises:
-        RuntimePolicyError: if the config has none.
+        RuntimePolicyError: if the config has none, or one for another model.
     """
+    number = _number(config)
+    return _POLICIES[number]
+
+
+# A compiled model reads its configuration once, while it is compiled.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _number(config: Any) -> int:
+    """Place of a configuration's policy in `_POLICIES`."""
     section = section_of(getattr(config, "prunekit", None))
     if section is None:
         raise RuntimePolicyError(
@@ -150,7 +166,9 @@ def policy_of(config: Any) -> Policy:
         )
     found = _parsed(json.dumps(section, sort_keys=True))
     found.require_for(config)
-    return found
+    if found not in _POLICIES:
+        _POLICIES.append(found)
+    return _POLICIES.index(found)
 
 
 def section_of(prunekit: Any) -> Mapping[str, Any] | None:
