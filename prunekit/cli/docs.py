@@ -53,6 +53,8 @@ _SECTIONS = (
     ("Repair", "repair"),
     ("Heal", "heal"),
     ("HealText", "heal.data"),
+    ("Runtime", "runtime"),
+    ("Attention", "runtime.attention"),
     ("Evaluate", "evaluate"),
     ("Perplexity", "evaluate.perplexity"),
     ("KL", "evaluate.kl"),
@@ -97,6 +99,11 @@ def recipe_page() -> str:
         parts += [f"## {title}\n", definition["description"] + "\n", _table(definition)]
         if name in ("Repair", "Learn", "Heal"):
             parts.append("The [method's](../methods/index.md) own knobs stand beside these keys.\n")
+        if name == "Attention":
+            parts.append(
+                "The [pattern's](../concepts/sparse_attention.md) own options stand beside these keys. `runtime: "
+                "{pattern: power}` is short for `runtime: {attention: {pattern: power}}`.\n"
+            )
         if name == "Evaluate":
             parts.append("`tasks` takes the [tasks](tasks.md) of `prunekit evaluate`, options beside the name.\n")
         if name == "Step":
@@ -114,7 +121,7 @@ def _table(definition: Mapping[str, Any]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     required = definition.get("required", [])
     for key, value in definition["properties"].items():
-        if key == "knobs":
+        if key == "knobs" or (key == "options" and "pattern" in definition["properties"]):
             continue
         default = value.get("default")
         plain = default is not None and not isinstance(default, Mapping)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from prunekit.core.method_card import SECTIONS, card, method_names, registries, task_card
+from prunekit.core.method_card import SECTIONS, arguments, card, method_names, registries, task_card
 from prunekit.core.recipe_model import REGISTRIES, Recipe
-from prunekit.core.registry import TASKS
+from prunekit.core.recipe_runtime import SHARED
+from prunekit.core.registry import PATTERNS, TASKS
 
 
 def json_schema() -> dict[str, Any]:
@@ -42,6 +44,15 @@ def json_schema() -> dict[str, Any]:
     }
     for name in TASKS.names():
         definitions[f"task_{name}"] = _task(name)
+    definitions |= {f"pattern_{name}": _pattern(name, definitions["Attention"]) for name in PATTERNS.names()}
+    about = definitions["Attention"]["description"]
+    pattern = [{"$ref": f"#/$defs/pattern_{name}"} for name in PATTERNS.names()]
+    definitions["Attention"] = {"description": about, "oneOf": pattern}
+    runtime = definitions["Runtime"]
+    definitions["Runtime"] = {
+        "description": runtime["description"],
+        "anyOf": [runtime, {"$ref": "#/$defs/Attention"}],
+    }
     for short in ("Perplexity", "KL", "Embedding", "HealText"):
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
@@ -68,6 +79,25 @@ def _task(name: str) -> dict[str, Any]:
         "description": about.summary,
         "properties": {"task": {"const": name}, "name": {"type": "string"}, **properties},
         "required": ["task", *options.get("required", [])],
+        "additionalProperties": False,
+    }
+
+
+def _pattern(name: str, plain: dict[str, Any]) -> dict[str, Any]:
+    """Schema of one pattern's mapping; `plain`: that of the keys which all patterns have."""
+    from pydantic import TypeAdapter
+
+    cls = PATTERNS.get(name)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    meanings, options = arguments(text), TypeAdapter(cls).json_schema().get("properties", {})
+    shared = {key: plain["properties"][key] for key in SHARED}
+    known = {key: {"description": meanings.get(key, ""), **value} for key, value in options.items()}
+    return {
+        "type": "object",
+        "title": name,
+        "description": text.partition("\n")[0],
+        "properties": {"pattern": {"const": name}, **known, **shared},
+        "required": ["pattern"],
         "additionalProperties": False,
     }
 

@@ -38,6 +38,14 @@ def test_a_failed_check_takes_the_ratios_away_and_is_an_error(monkeypatch, capsy
     assert "checks failed, so no ratio is given" in said.out + said.err
 
 
+def test_strict_wants_kernels(capsys) -> None:
+    assert main([*SMALL, "--strict"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "no kernel runs here" in said.err
+    assert "the tensors are on `cpu`" in said.err
+
+
 def test_lengths_of_nothing_are_refused(capsys) -> None:
     assert main(["bench", "attention", "--length", "0"]) == 2
     assert "are counts" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.policy import policy_of
 from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, refusal
+from prunekit_kernels.block_sparse_prefill.fastest import prefill_fastest
 
 NAME = "prunekit"
 # Reasons for the slow path that were said in this process.
@@ -146,7 +147,7 @@ def attention(
         from_first = attention_mask is None or attention_mask.dim() == 2
         out = step(pattern, module, query, key, value, rows, scaling, from_first=from_first)
     elif attention_mask is None or (attention_mask.dim() == 2 and n_queries == n_keys):
-        out = prompt(pattern, query, key, value, attention_mask, scaling)
+        out = prompt(pattern, query, key, value, attention_mask, scaling, policy.fastest)
     else:
         out = _masked(pattern, query, key, value, attention_mask, causal, scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -165,8 +166,9 @@ def _step_mask(given: Tensor | None, n_queries: int, n_keys: int, causal: bool) 
 
 
 def prompt(
-    pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scaling: float | None
-) -> Tensor:
+    pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scaling: float | None,
+    fastest: bool = False,
+) -> Tensor:  # fmt: skip
     """Block-sparse prefill of [B, H, Q, D], scored patterns one sequence at a time."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     spans = None if padding is None else spans_of(padding)
@@ -174,6 +176,8 @@ def prompt(
         lists = _lists(pattern, n_queries, n_keys, str(query.device))
         order = order_of(pattern, n_keys)
         if order is None:
+            if fastest and spans is None:
+                return prefill_fastest(query, key, value, lists, scale=scaling)
             starts, ends = spans or (None, None)
             return block_sparse_prefill(query, key, value, lists, scale=scaling, starts=starts, ends=ends)[0]
         order = order.to(query.device)

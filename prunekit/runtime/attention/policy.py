@@ -1,8 +1,8 @@
 """The runtime section of a model's config: which pattern, on which layers.
 
 In `config.json`: `"prunekit": {"runtime": {"attention": {"pattern": "power", "block_tokens": 128, "layers": [1, 2]}}}`.
-Beside the pattern's options stand `layers`, `length_tokens`, the longest sequence that it was chosen for, and
-`made_for`, which model that was.
+Beside the pattern's options stand `layers`, `length_tokens`, the longest sequence that it was chosen for, `made_for`,
+which model that was, and `fastest`, which lets prompts go to another package's kernel where that was measured faster.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class Policy:
         layers: the layers it is for, counted from 0; None means all of them.
         length_tokens: longest sequence it was chosen for; None means any.
         made_for: what `model_facts` said of the model it was chosen for; empty means any model.
+        fastest: whether prompts may go to flash-attn-4, where it is installed and was measured faster.
     """
 
     pattern: Pattern | Scored
     layers: tuple[int, ...] | None = None
     length_tokens: int | None = None
     made_for: tuple[tuple[str, Any], ...] = ()
+    fastest: bool = False
 
     def covers(self, layer: int | None) -> bool:
         """Whether the pattern is for this layer."""
@@ -49,7 +51,9 @@ class Policy:
             found["layers"] = list(self.layers)
         if self.length_tokens is not None:
             found["length_tokens"] = self.length_tokens
-        return {**found, "made_for": dict(self.made_for)} if self.made_for else found
+        if self.made_for:
+            found["made_for"] = dict(self.made_for)
+        return {**found, "fastest": True} if self.fastest else found
 
     def require_for(self, config: Any) -> None:
         """Fails where the policy is not for the model of a configuration.
@@ -119,6 +123,9 @@ def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[in
     if not isinstance(name, str):
         raise UsageError("a runtime section names no pattern", hint=f"add `pattern:`, one of {', '.join(names())}")
     listed, length, made_for = (options.pop(key, None) for key in ("layers", "length_tokens", "made_for"))
+    fastest = options.pop("fastest", False)
+    if not isinstance(fastest, bool):
+        raise UsageError(f"`fastest: {fastest}` is neither true nor false")
     known = PATTERNS.get(name)
     allowed = [field.name for field in dataclasses.fields(known)]
     unknown = [key for key in options if key not in allowed]
@@ -131,7 +138,7 @@ def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[in
     if made_for is not None and not isinstance(made_for, Mapping):
         raise UsageError(f"`made_for: {made_for}` is no mapping", hint="take it out")
     listed = layers if listed is None else tuple(listed)
-    return Policy(known(**options), listed, length, tuple(sorted((made_for or {}).items())))
+    return Policy(known(**options), listed, length, tuple(sorted((made_for or {}).items())), fastest)
 
 
 @functools.lru_cache(maxsize=64)
@@ -139,8 +146,8 @@ def _parsed(text: str) -> Policy:
     return policy(json.loads(text))
 
 
-# Every policy that a configuration named in this process. A compiled layer holds the number of its policy: dynamo traces
-# methods of what a list holds, not those of a constant.
+# Every policy that a configuration named in this process. A compiled layer holds the number of its policy: dynamo
+# traces methods of what a list holds, not those of a constant.
 _POLICIES: list[Policy] = []
 
 
