@@ -4,13 +4,24 @@ Importing it lets the Auto classes of transformers load folders whose blocks dif
 `attn_implementation="prunekit"` known; nothing else happens, and neither torch nor transformers is imported.
 """
 
+from typing import Any
+
 from prunekit.modeling.register import register_import_hook as _register_import_hook
 
 
-def _add_attention() -> None:
-    from prunekit.runtime.attention.interface import register
+# The runtime is imported at the first call: it needs transformers, which is half imported when the names are added.
+def _attention(*inputs: Any, **options: Any) -> Any:
+    from prunekit.runtime.attention import interface
 
-    register()
+    interface.register()
+    return interface.attention(*inputs, **options)
 
 
-_register_import_hook(_add_attention)
+def _attention_mask(*inputs: Any, **options: Any) -> Any:
+    from prunekit.runtime.attention import interface
+
+    interface.register()
+    return interface.attention_mask(*inputs, **options)
+
+
+_register_import_hook(_attention, _attention_mask)

@@ -278,8 +278,8 @@ class Recipe(Part):
             knobs = _all_knobs(REPAIRS, self.repair.method, self.repair.knobs)
             data["repair"] = {"method": self.repair.method, **knobs, **data["repair"], **knobs}
         if self.runtime is not None:
-            asked = self.runtime.attention
-            data["runtime"]["attention"] |= _all_knobs(PATTERNS, asked.pattern, asked.options)
+            chosen = self.runtime.attention
+            data["runtime"]["attention"] |= _all_knobs(PATTERNS, chosen.pattern, chosen.options)
         for section, registry in ((self.learn, GATES), (self.heal, HEALS)):
             if section is not None:
                 knobs = _all_knobs(registry, section.method, section.knobs)

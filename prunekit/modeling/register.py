@@ -5,8 +5,8 @@ transformers maps a model type to the name of a configuration class, and looks t
 exists, and supplies the module, with the class of `modeling_prunekit.py`. Registering the classes themselves at that
 point would import model code while transformers is half imported.
 
-`attn_implementation="prunekit"` is a name that transformers looks up in an interface of its `modeling_utils`; what adds
-it is given by the caller and runs once that module is there.
+`attn_implementation="prunekit"` is a name that transformers looks up in two interfaces; it is added once their modules
+are there.
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 from prunekit.modeling.families import hetero_config_class, hetero_families, hetero_model_type
 
 _MAP = "transformers.models.auto.configuration_auto"
-_INTERFACE = "transformers.modeling_utils"
+ATTENTION = "prunekit"
 _MODULES = f"transformers.models.{hetero_model_type('')}"
 
 
-def register_import_hook(add_attention: Callable[[], None] | None = None) -> None:
+def register_import_hook(attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
     """Lets `AutoConfig` and the `AutoModel` classes load heterogeneous folders from now on; may be called twice.
 
     Args:
-        add_attention: adds our attention to transformers' interface; called when that is there.
+        attention: what `attn_implementation="prunekit"` stands for.
+        mask: what makes the mask that it takes.
     """
-    actions: dict[str, Callable[[ModuleType], None]] = {_MAP: _add_names}
-    if add_attention is not None:
-        actions[_INTERFACE] = lambda module: add_attention()
+    actions: dict[str, Callable[[ModuleType], None]] = {
+        _MAP: _add_names,
+        "transformers.modeling_utils": lambda module: module.AttentionInterface.register(ATTENTION, attention),
+        "transformers.masking_utils": lambda module: module.AttentionMaskInterface.register(ATTENTION, mask),
+    }
     for name, action in actions.items():
         if name in sys.modules:
             action(sys.modules[name])

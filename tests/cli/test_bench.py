@@ -40,10 +40,9 @@ def test_a_failed_check_takes_the_ratios_away_and_is_an_error(monkeypatch, capsy
 
 def test_strict_wants_kernels(capsys) -> None:
     assert main([*SMALL, "--strict"]) == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "no kernel runs here" in said.err
-    assert "the tensors are on `cpu`" in said.err
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["what"] == "no kernel runs here"
+    assert "the tensors are on `cpu`" in error["why"]
 
 
 def test_lengths_of_nothing_are_refused(capsys) -> None:

@@ -80,6 +80,10 @@ def test_the_folder_holds_the_pattern_and_both_ways_of_loading_it_work(small: Sm
     subject = open_subject(str(out), "cpu", None, 2)
     assert subject.attention == section
     assert subject.model.config._attn_implementation == "prunekit"
+    strict = open_subject(str(out), "cpu", None, 2)
+    strict.strict = True
+    with pytest.raises(RuntimePolicyError, match="no kernel serves this model"):
+        strict.model.eval()
     dense = pipeline.run(recipe(small("llama"), {"pattern": "dense"}, evaluate=TEXT), tmp_path / "d")
     assert result.after["perplexity"] != dense.after["perplexity"]
     assert result.before["perplexity"] == dense.before["perplexity"]

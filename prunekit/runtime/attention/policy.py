@@ -162,7 +162,7 @@ def policy_of(config: Any) -> Policy:
 
 
 # A compiled model reads its configuration once, while it is compiled.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _number(config: Any) -> int:
     """Place of a configuration's policy in `_POLICIES`."""
     section = section_of(getattr(config, "prunekit", None))
