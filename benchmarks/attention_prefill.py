@@ -79,8 +79,9 @@ def hopper_with(**options: int) -> Callable[..., tuple[Tensor, Tensor]]:
         starts: Tensor | None = None, ends: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return hopper_launch.launch(
-            q, k, v, lists.counts, lists.partials, lists.indices, lists.q_offset, lists.causal, scale, **options
-        )
+            q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, lists.q_offset,
+            lists.causal, scale, **options,
+        )  # fmt: skip
 
     return run
 

@@ -3,8 +3,8 @@
     python benchmarks/attention_suite.py --out rows.jsonl [--seconds 285] [--only power decode scored backward grid]
 
 Sections, in the order of what would be missed most: power prefill (variants of the Hopper and portable kernels), one
-decode step at batch 8 and 1 with and without the choosing of pages, scored prefill end to end, gradients, a
-two-dimensional neighbourhood. Llama-3-8B heads (32 query, 8 key-value, size 128), bfloat16. Each section checks its
+decode step at batch 8 and 1 with and without the choosing of pages, scored prefill end to end, gradients, two- and
+three-dimensional neighbourhoods. Llama-3-8B heads (32 query, 8 key-value, size 128), bfloat16. Each section checks its
 kernels against float64 or float32 before it times them; a section whose check failed gets no ratios. A case that fails
 becomes a row with the error's text and costs no other case. Rows are written as they come. `--rehearse` runs the whole
 script on tiny shapes without a GPU, under TRITON_INTERPRET=1; its times mean nothing. Long, because one file is easy to
@@ -25,7 +25,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ import torch
 from attention_decode import Device, facts
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from prunekit.runtime.attention.decode import step
@@ -54,6 +54,7 @@ from prunekit_kernels.block_sparse_prefill import BlockLists, backward, block_sp
 from prunekit_kernels.block_sparse_prefill.reference import backward_reference, masked_attention, reference
 from prunekit_kernels.page_summaries import block_means, page_bounds
 from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference
+from prunekit_kernels.permute import permute_tokens
 from prunekit_kernels.sparse_decode import PageLists, sparse_decode
 from prunekit_kernels.sparse_decode.reference import decode_reference
 
@@ -198,7 +199,18 @@ class Suite:
                 from prunekit_kernels.block_sparse_prefill import hopper_launch
 
                 return hopper_launch.launch(
-                    q, k, v, lists.counts, lists.partials, lists.indices, lists.q_offset, lists.causal, SCALE, **how
+                    q,
+                    k,
+                    v,
+                    lists.counts,
+                    lists.partials,
+                    lists.indices,
+                    lists.mask_ids,
+                    lists.masks,
+                    lists.q_offset,
+                    lists.causal,
+                    SCALE,
+                    **how,
                 )
 
             return run
@@ -206,12 +218,12 @@ class Suite:
         if self.rehearse:
             return {"portable": tiled(portable.Tile(16, 4, 2))}
         found = {
-            "hopper": hopper(),
+            "hopper": hopper(rows_first=None),
             "portable 128x128 w8 s2": tiled(portable.Tile(128, 8, 2)),
             "portable 128x64 w8 s3": tiled(portable.Tile(64, 8, 3)),
         }
         # Not the default: a kernel that hangs must do so in a process that can be ended.
-        new = {"hopper, rows first": hopper(rows_first=True)}
+        new = {"hopper, heads first": hopper(rows_first=False)}
         return found | {name: run for name, run in new.items() if self.tried is None or name in self.tried}
 
     # Power
@@ -275,8 +287,7 @@ class Suite:
                     )
         with self.case("power", "flex power", shape):
             flex = compiled_flex()
-            mask = create_block_mask(power_rule(self.power), None, None, n, n, device=self.on, BLOCK_SIZE=128,
-                                     _compile=not self.rehearse)  # fmt: skip
+            mask = flex_mask(lists, power_rule(self.power))
             peer = lambda: flex(q, k, v, block_mask=mask, enable_gqa=True)  # noqa: E731
             self.check("power", f"flex {n}", peer(), block_sparse_prefill(q, k, v, lists)[0], 1e-2)
             found["flex power"] = self.time("power", shape, "flex power", peer, flops=touched)
@@ -408,8 +419,9 @@ class Suite:
         q, k = (torch.randn(1, h, n, DIM, dtype=torch.float16) for h in (4, 2))
         here = [t.to(self.on) for t in (q, k)]
         expected = scores_reference.folded_scores(q.double(), k.double(), 16, 128, 128, 0, True, SCALE)
-        got = scores_portable.folded(*here, 16, 128, 128, 0, True, SCALE)
-        self.check("scored", "antidiagonal scores", got.cpu(), expected, 2e-3)
+        for tile in (None,) if self.rehearse else (None, scores_portable.Tile(128, 128, 64, 8, 3)):
+            got = scores_portable.folded(*here, 16, 128, 128, 0, True, SCALE, tile)
+            self.check("scored", f"antidiagonal scores {tile or ''}", got.cpu(), expected, 2e-3)
         self.check("scored", "means", block_means(here[1], 128).cpu(), means_reference(k.double(), 128), 1e-3)
         for keep, mass in ((3, 0.0), (0, 0.5), (0, 0.0)):
             given = torch.randint(-8 if not mass else 0, 64, (4, 9, 9)).float() / 64
@@ -462,6 +474,14 @@ class Suite:
                         q, k, v, pattern.prompt_lists(q, k, SCALE), scale=SCALE
                     ), density=pairs, scoring_share=scoring / (scoring + attention),
                 )  # fmt: skip
+        with self.case("scored", "scores alone", shape):
+            folded = n // 16
+            flops = 2.0 * DIM * 16 * folded * (folded + 1) / 2 * self.heads
+            wide = (scores_portable.Tile(128, 256, 64, 8, 3), scores_portable.Tile(128, 128, 64, 8, 3))
+            for tile in (None,) if self.rehearse else wide:
+                self.time("scored", shape, f"antidiagonal scores alone, {tile or 'default'}",
+                          lambda tile=tile: scores_portable.folded(q, k, 16, 128, 128, 0, True, SCALE, tile),
+                          flops=flops)  # fmt: skip
         with self.case("scored", "choice alone", shape):
             scores = torch.rand(self.heads, blocks, blocks, device=self.on)
             self.time("scored", shape, "lists from scores", lambda: scored_lists(scores, n, n, keep=keep))
@@ -479,12 +499,9 @@ class Suite:
     # Gradients
 
     def section_backward(self) -> None:
-        layouts: dict[str, dict[str, int]] = {
-            "64x64 w4": {"tile_q": 64, "tile_k": 64, "tile_k_keys": 64, "warps": 4},
-            "128x64 w8": {"tile_q": 128, "tile_k": 64, "tile_k_keys": 64, "warps": 8},
-        }
+        layouts: dict[str, tuple[backward.Layout, backward.Layout] | None] = {"default": None}
         if self.rehearse:
-            layouts = {"16x16": {"tile_q": 16, "tile_k": 16, "tile_k_keys": 16, "warps": 4}}
+            layouts = {"16x16": (backward.Layout(16, 16, 4, 2),) * 2}
         good = []
         for name, layout in layouts.items():
             with self.case("backward", f"check {name}"):
@@ -505,15 +522,13 @@ class Suite:
         for name in good:
             with self.case("backward", name, shape):
                 call = lambda name=name: backward.launch(  # noqa: E731
-                    grad, nothing, q, k, v, out, lse, *parts, *numbers, **layouts[name]
+                    grad, nothing, q, k, v, out, lse, *parts, *numbers, layouts=layouts[name]
                 )
                 mine = call()
                 found[f"ours {name}"] = self.time("backward", shape, f"ours {name}", call, flops=flops)
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         with self.case("backward", "flex power", shape):
-            mask = create_block_mask(power_rule(self.power), None, None, n, n, device=self.on, BLOCK_SIZE=128,
-                                     _compile=not self.rehearse)  # fmt: skip
-            peer = compiled_flex()(*leaves, block_mask=mask, enable_gqa=True)
+            peer = compiled_flex()(*leaves, block_mask=flex_mask(lists, power_rule(self.power)), enable_gqa=True)
             call = lambda: torch.autograd.grad(peer, leaves, grad, retain_graph=True)  # noqa: E731
             if mine is not None:
                 for name, a, b in zip("qkv", mine, call(), strict=True):
@@ -527,14 +542,12 @@ class Suite:
         self.ratios("backward", shape, found)
         torch._dynamo.reset()
 
-    def check_backward(self, name: str, layout: dict[str, int]) -> bool:
+    def check_backward(self, name: str, layout: tuple[backward.Layout, backward.Layout] | None) -> bool:
         small = cases.Case(1, 4, 2, 70, 70, 128, block_q=32, block_k=32)
         chosen = [small] if self.rehearse else [
             cases.Case(2, 8, 2, 1000, 1000, 128), cases.Case(2, 8, 2, 700, 700, 128, table=True),
             cases.Case(1, 4, 1, 200, 1111, 128, per_head=True),
         ]  # fmt: skip
-        # Other kinds of lists are other kernels to compile, so one layout stands for all.
-        chosen = chosen if layout["warps"] == 4 else chosen[:1]
         right = True
         for number, case in enumerate(chosen):
             q, k, v, lists, _, _ = cases.make(case, torch.bfloat16, self.on, number + 1)
@@ -545,7 +558,8 @@ class Suite:
             grad, less = torch.randn_like(q), torch.randn_like(lse)
             expected = backward_reference(grad.double(), less, *wide, out, lse, *parts, *numbers)
             poisoned(True)
-            got = backward.launch(grad, less, q, k, v, out.to(q.dtype), lse, *parts, *numbers, **layout)
+            got = backward.launch(grad, less, q, k, v, out.to(q.dtype), lse, *parts, *numbers, layouts=layout,
+                                  chunk=2)  # fmt: skip
             poisoned(False)
             for letter, a, b in zip("qkv", got, expected, strict=True):
                 right &= self.check("backward", f"{name} {case.name} d{letter}", a, b, GRADIENT)
@@ -554,62 +568,65 @@ class Suite:
     # A grid
 
     def section_grid(self) -> None:
-        side, window = (12, 5) if self.rehearse else (128, 32)
-        n = side * side
-        shape = f"{side}x{side} w{window}"
+        shapes = [((16, 16), (5, 5))] if self.rehearse else [((128, 128), (32, 32)), ((16, 32, 32), (8, 16, 16))]
+        for sizes, window in shapes:
+            self.grid(sizes, window)
+            torch._dynamo.reset()
+
+    def grid(self, sizes: tuple[int, ...], window: tuple[int, ...]) -> None:
+        n = prod(sizes)
+        shape = f"{'x'.join(map(str, sizes))} w{'x'.join(map(str, window))}"
         q, k, v = self.draw(n)
         found: dict[str, float] = {}
-        pattern = Neighborhood((side, side), window)
-        size = 32 if self.rehearse else 128
-        tiled = replace(pattern, tile=(4, 4)) if self.rehearse else pattern
-        lists = block_lists(tiled, n, n, block_q=size, block_k=size, device=self.on)
-        order = tiled.order(n).to(self.on)
-        useful = 4.0 * DIM * n * window * window * self.heads
-        touched = lists.touched * size * size / (n * window * window)
+        pattern = Neighborhood(sizes, window)
+        lists = block_lists(pattern, n, n, device=self.on)
+        order = pattern.order(n).to(self.on, torch.int32)
+        slots = order.argsort().to(torch.int32)
+        useful = 4.0 * DIM * n * prod(window) * self.heads
+        touched = lists.touched * lists.block_q * lists.block_k / (n * prod(window))
         keys = torch.arange(n, device=self.on)
 
         def ours(run: Callable[..., Tensor]) -> Tensor:
-            mine = (t.index_select(2, order) for t in (q, k, v))
-            return torch.empty_like(q).index_copy_(2, order, run(*mine))
+            mine = (permute_tokens(t, order, slots) for t in (q, k, v))
+            return permute_tokens(run(*mine), slots, order)
 
-        layouts = {"portable 128x128 w8 s2": portable.Tile(128, 8, 2)}
-        layouts["portable 128x64 w8 s3"] = portable.Tile(64, 8, 3)
-        if self.rehearse:
-            layouts = {"portable": portable.Tile(16, 4, 2)}
+        runs: dict[str, Callable[..., Tensor]] = {
+            "ours": lambda q, k, v: block_sparse_prefill(q, k, v, lists, scale=SCALE)[0]
+        }
+        if not self.rehearse:
+            runs["portable 128x128 w8 s2"] = lambda q, k, v: portable.launch(
+                q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, None, None,
+                lists.block_q, lists.block_k, 0, False, SCALE, portable.Tile(128, 8, 2),
+            )[0]  # fmt: skip
         out = None
-        for name, tile in layouts.items():
+        for name, run in runs.items():
             with self.case("grid", name, shape):
-                run = lambda q, k, v, tile=tile: portable.launch(  # noqa: E731
-                    q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, None, None,
-                    lists.block_q, lists.block_k, 0, False, SCALE, tile,
-                )[0]  # fmt: skip
-                out = ours(run)
+                out = ours(run) if out is None else out
                 rule = lambda rows: pattern.allows(rows[:, None], keys[None, :])[None]  # noqa: E731
-                if self.check_rows("grid", name, out, q, k, v, rule):
+                if self.check_rows("grid", f"{name} {shape}", ours(run), q, k, v, rule):
                     found[name] = self.time(
                         "grid", shape, f"{name}, reordering included", lambda run=run: ours(run), flops=useful,
                         touched_over_useful=touched,
                     )  # fmt: skip
-        for name, places in (("flex, tiles", order), ("flex, rows", None)):
-            with self.case("grid", name, shape):
-                mask = create_block_mask(grid_rule(side, window, places), None, None, n, n, device=self.on,
-                                         BLOCK_SIZE=128, _compile=not self.rehearse)  # fmt: skip
-                flex = compiled_flex()
-                call = lambda flex=flex, mask=mask: flex(q, k, v, block_mask=mask, enable_gqa=True)  # noqa: E731
-                if places is not None:
-                    inner = lambda q, k, v, flex=flex, mask=mask: flex(q, k, v, block_mask=mask, enable_gqa=True)  # noqa: E731
-                    call = lambda inner=inner: ours(inner)  # noqa: E731
-                if out is not None:
-                    self.check("grid", name, call(), out, 1e-2)
-                found[name] = self.time("grid", shape, name, call, flops=useful)
+        tiled = [permute_tokens(t, order, slots) for t in (q, k, v)]
+        with self.case("grid", "parts", shape):
+            self.time("grid", shape, "ours without reordering", lambda: runs["ours"](*tiled), flops=useful * touched)
+            self.time("grid", shape, "reordering queries", lambda: permute_tokens(q, order, slots), size=2.0 * q.nbytes)
+        with self.case("grid", "flex", shape):
+            flex, mask = compiled_flex(), flex_mask(lists, tile_rule(sizes, window, pattern.tile or ()))
+            inner = lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=True)  # noqa: E731
+            if out is not None:
+                self.check("grid", f"flex {shape}", ours(inner), out, 1e-2)
+            found["flex"] = self.time("grid", shape, "flex, reordering included", lambda: ours(inner), flops=useful)
+            self.time("grid", shape, "flex without reordering", lambda: inner(*tiled), flops=useful * touched)
         with self.case("grid", "natten", shape):
             import natten
 
-            layout = [t.repeat_interleave(self.heads // t.shape[1], 1).transpose(1, 2).unflatten(1, (side, side))
+            layout = [t.repeat_interleave(self.heads // t.shape[1], 1).transpose(1, 2).unflatten(1, sizes)
                       .contiguous() for t in (q, k, v)]  # fmt: skip
-            call = lambda: natten.na2d(*layout, kernel_size=window)  # noqa: E731
+            call = lambda: getattr(natten, f"na{len(sizes)}d")(*layout, kernel_size=window)  # noqa: E731
             if out is not None:
-                self.check("grid", "natten", call().flatten(1, 2).transpose(1, 2), out, 1e-2)
+                self.check("grid", "natten", call().flatten(1, len(sizes)).transpose(1, 2), out, 1e-2)
             found["natten"] = self.time("grid", shape, "natten, heads expanded before", call, flops=useful)
         for name, backend in BACKENDS.items():
             with self.case("grid", name, shape):
@@ -624,7 +641,7 @@ class Suite:
         late = []
         for name, process in zip(self.options.only, running, strict=True):
             try:
-                process.wait(timeout=max(1.0, 110 - self.seconds()))
+                process.wait(timeout=max(1.0, self.options.compile_seconds - self.seconds()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 late.append(name)
@@ -676,20 +693,45 @@ def power_rule(pattern: Power) -> Callable[..., Tensor]:
     return rule
 
 
-def grid_rule(side: int, window: int, order: Tensor | None) -> Callable[..., Tensor]:
-    """The neighbourhood of a square without dilation or stride, of slots if an order is given."""
-    left, right = window // 2, window // 2 + window % 2 - 1
+def tile_rule(sizes: tuple[int, ...], window: tuple[int, ...], tile: tuple[int, ...]) -> Callable[..., Tensor]:
+    """A neighbourhood of slots in the order of tiles, without dilation or stride, for tiles that fit the grid.
 
-    def along(i: Tensor, j: Tensor) -> Tensor:
-        first = (i - left).clamp(min=0) - (i + right - (side - 1)).clamp(min=0)
-        return (j >= first) & (j < first + window)
+    Coordinates come by arithmetic, which costs FlexAttention less than asking a tensor for them.
+    """
+
+    def coordinates(slot: Tensor) -> list[Tensor]:
+        number, inner, found = slot // 128, slot % 128, []
+        for size, t in zip(reversed(sizes), reversed(tile), strict=True):
+            found.append(number % (size // t) * t + inner % t)
+            number, inner = number // (size // t), inner // t
+        return found[::-1]
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if order is not None:
-            q, k = order[q], order[k]
-        return along(q // side, k // side) & along(q % side, k % side)
+        seen = q >= 0
+        for i, j, size, w in zip(coordinates(q), coordinates(k), sizes, window, strict=True):
+            right = w // 2 + w % 2 - 1
+            first = (i - w // 2).clamp(min=0) - (i + right - (size - 1)).clamp(min=0)
+            seen = seen & (j >= first) & (j < first + w)
+        return seen
 
     return rule
+
+
+def flex_mask(lists: BlockLists, rule: Callable[..., Tensor]) -> BlockMask:
+    """Our lists as FlexAttention's, which keeps full and masked blocks apart."""
+    counts, partials, indices = (t[0].long() for t in (lists.counts, lists.partials, lists.indices))
+    slot = torch.arange(indices.shape[1], device=indices.device)
+
+    def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        cells = torch.zeros(len(indices), -(-lists.n_keys // lists.block_k), dtype=torch.int64, device=indices.device)
+        row, at = chosen.nonzero(as_tuple=True)
+        cells[row, indices[row, at]] = 1
+        order = torch.argsort(cells, dim=1, descending=True, stable=True)
+        return cells.sum(1).to(torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    masked = slot < partials[:, None]
+    full = (slot < counts[:, None]) & ~masked
+    return BlockMask.from_kv_blocks(*packed(masked), *packed(full), BLOCK_SIZE=lists.block_k, mask_mod=rule)
 
 
 def dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Callable[[], Tensor]:
@@ -709,6 +751,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are written here")
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--seconds", type=float, default=285, help="nothing new is begun after so many")
+    parser.add_argument("--compile-seconds", type=float, default=110, help="what compiling first may take")
     parser.add_argument("--commit", default="", help="what the rows call the code; asked of git if not given")
     parser.add_argument("--no-warm", action="store_true", help="compile as it goes")
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)

@@ -16,7 +16,8 @@ from prunekit_kernels.block_sparse_prefill.reference import backward_reference, 
 from prunekit_kernels.merge import portable as merge
 from prunekit_kernels.merge.op import merge_reference
 from prunekit_kernels.page_summaries import portable as summaries
-from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference
+from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference, page_scores_reference
+from prunekit_kernels.permute import portable as permute
 
 FOLDED = ((1, 4, 2, 100, 100, 64, 8, 32, 32, True), (1, 2, 2, 70, 200, 80, 8, 64, 32, False))
 # Each kind of list once, and rounding once.
@@ -36,10 +37,14 @@ def gradients(case, dtype):
     finite = sums > float("-inf")
     grad = torch.randn(out.shape, generator=random_numbers).to(dtype)
     less = torch.randn(lse.shape, generator=random_numbers) * finite
-    tiles = {"tile_q": 32, "tile_k": 32, "tile_k_keys": 32}
-    got = backward.launch(grad, less, q, k, v, out, lse, *parts, lists.biases, *numbers, **tiles)
+    given = (grad, less, q, k, v, out, lse, *parts, lists.biases, *numbers)
+    whole = (backward.Layout(32, 32, 4, 2),) * 2
+    halves = (backward.Layout(16, 32, 4, 2), backward.Layout(16, 32, 4, 2))
     right = backward_reference(grad.double(), less, *wide, expected, sums, *parts, lists.biases, *numbers)
-    errors = [cases.relative_error(a, b) for a, b in zip((out, *got), (expected, *right), strict=True)]
+    errors = [cases.relative_error(out, expected)]
+    # In one piece, and with the readers of each block of keys cut among programs.
+    for got in (backward.launch(*given, layouts=whole), backward.launch(*given, layouts=halves, chunk=1)):
+        errors += [cases.relative_error(a, b) for a, b in zip(got, right, strict=True)]
     return errors, (lse - sums)[finite].abs().max().item()
 
 
@@ -88,6 +93,23 @@ def summarized(dtype):
     return exact, worst
 
 
+def bounded(dtype):
+    """Relative error of page scores, of views with room behind them."""
+    generator = torch.Generator().manual_seed(8)
+    q = torch.randn(2, 6, 1, 80, generator=generator).to(dtype)
+    low, high = (torch.randn(2, 2, 90, 80, generator=generator).to(dtype)[:, :, :70] for _ in range(2))
+    return cases.relative_error(
+        summaries.bounds_scores(q, low, high), page_scores_reference(q.double(), low.double(), high.double())
+    )
+
+
+def permuted():
+    """Whether tokens stored as models store them come in the order asked for."""
+    generator = torch.Generator().manual_seed(9)
+    x, order = torch.randn(2, 100, 3, 80, generator=generator).transpose(1, 2), torch.randperm(100, generator=generator)
+    return torch.equal(permute.launch(x, order.int()), x[:, :, order])
+
+
 def merged(dtype):
     """Relative error of a merge in which some rows read nothing, and whether the log-sum-exps agree."""
     generator = torch.Generator().manual_seed(7)
@@ -110,6 +132,8 @@ if __name__ == "__main__":
                 "folded": {f"{n}-{t}": folded(shape, t) for n, shape in enumerate(FOLDED) for t in types},
                 "selected": [selected(seed) for seed in range(12)],
                 "summarized": {str(t): summarized(t) for t in types},
+                "bounded": {str(t): bounded(t) for t in types},
+                "permuted": permuted(),
                 "merged": {str(t): merged(t) for t in types},
             }
         )

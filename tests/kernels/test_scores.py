@@ -12,6 +12,7 @@ from prunekit_kernels.block_sparse_prefill import block_sparse_prefill, cases
 from prunekit_kernels.block_sparse_prefill.reference import reference
 from prunekit_kernels.merge import merge_attention
 from prunekit_kernels.page_summaries import block_means, page_bounds
+from prunekit_kernels.permute import permute_tokens
 from tests.kernels.interpreter import under_interpreter
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -118,12 +119,28 @@ def test_summaries_of_a_last_page_that_is_not_full():
         ("select_blocks", (torch.rand(2, 2, 4), 32, 32, 64, 128, 64, True, 2, 0.0, 1, 1, 4, False)),
         ("page_bounds", (torch.randn(1, 2, 37, 8), 16)),
         ("block_means", (torch.randn(1, 2, 37, 8), 16)),
+        ("page_scores", (torch.randn(1, 4, 1, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))),
+        (
+            "permute_tokens",
+            (torch.randn(1, 2, 4, 8).requires_grad_(), torch.tensor([2, 0, 1, 3]), torch.tensor([1, 2, 0, 3])),
+        ),
         ("merge_attention", (torch.randn(2, 3, 8), torch.randn(2, 3), torch.randn(2, 3, 8), torch.randn(2, 3))),
     ],
 )
 def test_operations_pass_the_checks_of_torch(name, arguments):
     results = torch.library.opcheck(getattr(torch.ops.prunekit, name).default, arguments)
     assert set(results.values()) == {"SUCCESS"}
+
+
+def test_permuted_tokens_come_back_with_their_gradients():
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).int()
+    x = draw(2, 9, 3, 4).transpose(1, 2).requires_grad_()
+    there = permute_tokens(x, order, order.argsort().int())
+    assert torch.equal(there, x[:, :, order.long()])
+    assert torch.equal(permute_tokens(there, order.argsort().int(), order), x)
+    weights = draw(2, 3, 9, 4, seed=1)
+    (grad,) = torch.autograd.grad((there * weights).sum(), x)
+    assert torch.equal(grad, weights[:, :, order.argsort()])
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +165,16 @@ def test_interpreted_scores_equal_float64(interpreted):
     assert all(interpreted["selected"])
 
 
+def test_interpreted_permutation_is_exact(interpreted):
+    assert interpreted["permuted"]
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_interpreted_summaries_and_merge_equal_float64(interpreted, dtype):
     exact, means = interpreted["summarized"][str(dtype)]
     assert exact
     assert means <= cases.RELATIVE[dtype]
+    assert interpreted["bounded"][str(dtype)] <= 1e-5
     error, same = interpreted["merged"][str(dtype)]
     assert error <= cases.RELATIVE[dtype]
     assert same

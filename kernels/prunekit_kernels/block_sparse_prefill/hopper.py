@@ -90,13 +90,45 @@ def _produce(
 
 
 @gluon.jit
-def _mask(s, q_first, k_first, n_keys, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores with keys of the future and keys past the end at minus infinity."""
-    q_at = q_first + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-    k_at = k_first + gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT))
-    keep = gl.expand_dims(k_at, 0) < n_keys
-    if CAUSAL:
-        keep = keep & (gl.expand_dims(q_at, 1) >= gl.expand_dims(k_at, 0))
+def _words(masks, mask_at, masked, WHO: gl.constexpr, TABLE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The four words of a block's mask for each of 64 queries; all ones if it is not `masked`.
+
+    Args:
+        masks: int32 [n, 128, 4], bit b of word w for key `32 w + b`.
+        mask_at: place of the block's mask number.
+    """
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    if TABLE:
+        number = gl.load(mask_at, mask=masked, other=0)
+        at = masks + (number * 128 + WHO * 64 + row) * 4
+        seen = (row >= 0) & masked
+        first = gl.load(at, mask=seen, other=-1)
+        second = gl.load(at + 1, mask=seen, other=-1)
+        third = gl.load(at + 2, mask=seen, other=-1)
+        fourth = gl.load(at + 3, mask=seen, other=-1)
+    else:
+        first, second, third, fourth = row, row, row, row
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _mask(
+    s, q_first, k_first, n_keys, first, second, third, fourth,
+    CAUSAL: gl.constexpr, TABLE: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scores of hidden keys at minus infinity: by table, or those of the future and past the end."""
+    column = gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT))
+    if TABLE:
+        at = gl.expand_dims(column, 0)
+        low = gl.where(at < 32, gl.expand_dims(first, 1), gl.expand_dims(second, 1))
+        high = gl.where(at < 96, gl.expand_dims(third, 1), gl.expand_dims(fourth, 1))
+        keep = ((gl.where(at < 64, low, high) >> (at & 31)) & 1) != 0
+    else:
+        q_at = q_first + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+        k_at = k_first + column
+        keep = gl.expand_dims(k_at, 0) < n_keys
+        if CAUSAL:
+            keep = keep & (gl.expand_dims(q_at, 1) >= gl.expand_dims(k_at, 0))
     return gl.where(keep, s, float("-inf"))
 
 
@@ -166,17 +198,22 @@ def _issue(
 
 @gluon.jit
 def _step(
-    q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, block_at, q_first, n_keys,
-    scale_log2,
-    MASKED: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, WHO: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, block_at, mask_at, masks,
+    q_first, n_keys, scale_log2,
+    MASKED: gl.constexpr, CAUSAL: gl.constexpr, TABLE: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+    WHO: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """One block further within a tile."""
+    if MASKED:
+        # Asked for here, the mask is there when the scores are.
+        first, second, third, fourth = _words(masks, mask_at, step >= 0, WHO, TABLE, S_LAYOUT)
     s, acc = _issue(
         q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step, STAGES, PINGPONG, WHO, S_LAYOUT
     )  # fmt: skip
     if MASKED:
-        s = _mask(s, q_first, gl.load(block_at) * 128, n_keys, CAUSAL, S_LAYOUT)
+        s = _mask(
+            s, q_first, gl.load(block_at) * 128, n_keys, first, second, third, fourth, CAUSAL, TABLE, S_LAYOUT
+        )  # fmt: skip
     m, alpha, p = _softmax(s, m, scale_log2, MASKED)
     l = _hold(l * alpha + gl.sum(p, axis=1))
     acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
@@ -188,9 +225,9 @@ def _step(
 @gluon.jit
 def _consume(
     o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group, n_kv_heads,
-    n_queries, n_keys, q_offset, scale_log2,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
+    counts, partials, indices, mask_ids, masks, stride_head, max_count, mask_width, n_tiles, n_rows, heads, group,
+    n_kv_heads, n_queries, n_keys, q_offset, scale_log2,
+    CAUSAL: gl.constexpr, TABLE: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
     ROWS_FIRST: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 queries over the listed blocks, tile after tile."""
@@ -206,6 +243,10 @@ def _consume(
 
     row, batch, head, _kv_head = _tile(first, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
     line = head * stride_head + row
+    partial = gl.load(partials + line)
+    first_word, second_word, third_word, fourth_word = _words(
+        masks, mask_ids + line * mask_width, partial > 0, WHO, TABLE, S_LAYOUT
+    )
     mbarrier.wait(q_full.index(WHO), 0)
     mbarrier.wait(k_full.index(0), 0)
     if PINGPONG:
@@ -216,7 +257,10 @@ def _consume(
         mbarrier.arrive(turn.index(1 - WHO), count=1)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(0), count=1)
-    s = _mask(s, q_offset + row * 128 + WHO * 64, gl.load(indices + line * max_count) * 128, n_keys, CAUSAL, S_LAYOUT)
+    s = _mask(
+        s, q_offset + row * 128 + WHO * 64, gl.load(indices + line * max_count) * 128, n_keys,
+        first_word, second_word, third_word, fourth_word, CAUSAL, TABLE, S_LAYOUT,
+    )  # fmt: skip
     m, _, p = _softmax(s, nothing, scale_log2, True)
     l = gl.sum(p, axis=1)
     p16 = _packed(p, v_smem.dtype, P_LAYOUT)
@@ -224,20 +268,23 @@ def _consume(
     step = 1
     for i in range(n_mine):
         at = indices + line * max_count
+        mask_at = mask_ids + line * mask_width
         q_first = q_offset + row * 128 + WHO * 64
         count = gl.load(counts + line)
         partial = gl.maximum(gl.load(partials + line), 1)
         acc = gl.zeros([64, DIM], gl.float32, layout=O_LAYOUT)
         for j in range(1, partial):
             acc, p16, m, l = _step(
-                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, q_first,
-                n_keys, scale_log2, True, CAUSAL, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, mask_at + j,
+                masks, q_first, n_keys, scale_log2, True, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT,
+                P_LAYOUT,
             )  # fmt: skip
             step += 1
         for j in range(partial, count):
             acc, p16, m, l = _step(
-                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, q_first,
-                n_keys, scale_log2, False, CAUSAL, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, mask_at + j,
+                masks, q_first, n_keys, scale_log2, False, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT,
+                P_LAYOUT,
             )  # fmt: skip
             step += 1
         mbarrier.arrive(q_empty.index(WHO), count=1)
@@ -250,12 +297,18 @@ def _consume(
         row, batch, head, _kv_head = _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
         line = head * stride_head + row
         k_first = gl.load(indices + line * max_count) * 128
+        first_word, second_word, third_word, fourth_word = _words(
+            masks, mask_ids + line * mask_width, gl.load(partials + line) > 0, WHO, TABLE, S_LAYOUT
+        )
         mbarrier.wait(q_full.index(WHO), (i + 1) & 1)
         q = q_smem.index(WHO)
         s, acc = _issue(
             q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step, STAGES, PINGPONG, WHO, S_LAYOUT
         )  # fmt: skip
-        s = _mask(s, q_offset + row * 128 + WHO * 64, k_first, n_keys, CAUSAL, S_LAYOUT)
+        s = _mask(
+            s, q_offset + row * 128 + WHO * 64, k_first, n_keys, first_word, second_word, third_word, fourth_word,
+            CAUSAL, TABLE, S_LAYOUT,
+        )  # fmt: skip
         m, _, p = _softmax(s, nothing, scale_log2, True)
         l = _hold(gl.sum(p, axis=1))
         acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
@@ -276,14 +329,14 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_head", "max_count", "n_tiles", "n_rows", "heads", "group", "n_kv_heads", "n_queries", "n_keys",
-        "q_offset",
+        "stride_head", "max_count", "mask_width", "n_tiles", "n_rows", "heads", "group", "n_kv_heads", "n_queries",
+        "n_keys", "q_offset",
     ]
 )  # fmt: skip
 def block_sparse_prefill_hopper(
-    q_desc, k_desc, v_desc, o_desc, lse, counts, partials, indices, stride_head, max_count,
-    n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, lse, counts, partials, indices, mask_ids, masks, stride_head, max_count,
+    mask_width, n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2,
+    CAUSAL: gl.constexpr, TABLE: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
     ROWS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """Attention over listed key blocks of 128 by 128.
@@ -295,6 +348,7 @@ def block_sparse_prefill_hopper(
         counts: int32 [1 or H, rows], blocks of a row, at least one.
         partials: int32 like `counts`, how many of them, the leading ones, want the mask.
         indices: int32 [1 or H, rows, max_count].
+        mask_ids: int32 [1 or H, rows, mask_width] into `masks`, int32 [n, 128, 4], if TABLE; else not looked at.
         stride_head: rows if the lists differ by head, 0 if one list serves all.
         ROWS_FIRST: whether all heads of a row of blocks come before the next row.
         scale_log2: softmax scale times log2(e).
@@ -329,18 +383,18 @@ def block_sparse_prefill_hopper(
                 _consume,
                 (
                     o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    turn, counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group,
-                    n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, STAGES, PINGPONG, DIM,
-                    ROWS_FIRST, 0,
+                    turn, counts, partials, indices, mask_ids, masks, stride_head, max_count, mask_width, n_tiles,
+                    n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, TABLE, STAGES,
+                    PINGPONG, DIM, ROWS_FIRST, 0,
                 ),
             ),
             (
                 _consume,
                 (
                     o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    turn, counts, partials, indices, stride_head, max_count, n_tiles, n_rows, heads, group,
-                    n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, STAGES, PINGPONG, DIM,
-                    ROWS_FIRST, 1,
+                    turn, counts, partials, indices, mask_ids, masks, stride_head, max_count, mask_width, n_tiles,
+                    n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, TABLE, STAGES,
+                    PINGPONG, DIM, ROWS_FIRST, 1,
                 ),
             ),
             (

@@ -16,8 +16,10 @@ STAGES = 2
 
 
 @functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _device(index: int) -> tuple[int, int]:
+    """Multiprocessors, and bytes of the L2 cache."""
+    about = torch.cuda.get_device_properties(index)
+    return about.multi_processor_count, about.L2_cache_size
 
 
 def _descriptor(tensor: Tensor, rows: int, layout: gl.NVMMASharedLayout) -> TensorDescriptor:
@@ -26,13 +28,15 @@ def _descriptor(tensor: Tensor, rows: int, layout: gl.NVMMASharedLayout) -> Tens
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
-    q_offset: int, causal: bool, scale: float, pingpong: bool = True, rows_first: bool = False,
+    mask_ids: Tensor | None, masks: Tensor | None, q_offset: int, causal: bool, scale: float,
+    pingpong: bool = True, rows_first: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs the kernel; arguments and result as in `block_sparse_prefill`, every row listing at least one block.
 
     Args:
         pingpong: whether the two warpgroups take turns at starting matrix work, which was 1 to 2 % faster on an H200.
-        rows_first: whether all heads of a row of blocks come before the next row.
+        rows_first: whether all heads of a row of blocks come before the next row; None for yes where keys and values
+            fit the L2 cache: 3 % faster for one sequence of 8,192 tokens on an H100, 2 to 5 % slower for two or more.
     """
     batch, heads, n_queries, dim = q.shape
     n_kv_heads = k.shape[1]
@@ -41,11 +45,15 @@ def launch(
     lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     n_tiles = rows * heads * batch
-    block_sparse_prefill_hopper[(min(n_tiles, _processors(q.device.index or 0)),)](
+    processors, cache = _device(q.device.index or 0)
+    if rows_first is None:
+        rows_first = k.nbytes + v.nbytes < cache
+    block_sparse_prefill_hopper[(min(n_tiles, processors),)](
         _descriptor(q, 64, layout), _descriptor(k, 128, layout), _descriptor(v, 128, layout),
-        _descriptor(out, 64, layout), lse, counts, partials, indices, rows if counts.shape[0] > 1 else 0,
-        indices.shape[2], n_tiles, rows, heads, heads // n_kv_heads, n_kv_heads, n_queries, k.shape[2], q_offset,
-        scale * 1.4426950408889634, CAUSAL=causal, STAGES=STAGES, PINGPONG=pingpong, DIM=dim,
-        ROWS_FIRST=rows_first, num_warps=4,
+        _descriptor(out, 64, layout), lse, counts, partials, indices, counts if mask_ids is None else mask_ids,
+        counts if masks is None else masks, rows if counts.shape[0] > 1 else 0, indices.shape[2],
+        0 if mask_ids is None else mask_ids.shape[2], n_tiles, rows, heads, heads // n_kv_heads, n_kv_heads,
+        n_queries, k.shape[2], q_offset, scale * 1.4426950408889634, CAUSAL=causal, TABLE=masks is not None,
+        STAGES=STAGES, PINGPONG=pingpong, DIM=dim, ROWS_FIRST=rows_first, num_warps=4,
     )  # fmt: skip
     return out, lse

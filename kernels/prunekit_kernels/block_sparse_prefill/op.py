@@ -51,16 +51,13 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if fits else tensor.contiguous()
 
 
-def hopper_takes(
-    q: Tensor, masks: Tensor | None, starts: Tensor | None, block_q: int, block_k: int, full_rows: bool
-) -> bool:
+def hopper_takes(q: Tensor, starts: Tensor | None, block_q: int, block_k: int, full_rows: bool) -> bool:
     """Whether the Hopper kernel covers the case; what it leaves goes to the portable one."""
     return (
         _capability(q.device.index or 0) == (9, 0)
         and q.dtype in HALF
         and q.shape[-1] in (64, 128)
         and (block_q, block_k) == (128, 128)
-        and masks is None
         and starts is None
         and full_rows
     )
@@ -92,10 +89,10 @@ def _prefill_cuda(
             scale, biases, gates, free,
         )  # fmt: skip
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    if biases is None and gates is None and hopper_takes(q, masks, starts, block_q, block_k, full_rows):
+    if biases is None and gates is None and hopper_takes(q, starts, block_q, block_k, full_rows):
         from prunekit_kernels.block_sparse_prefill import hopper_launch
 
-        return hopper_launch.launch(q, k, v, counts, partials, indices, q_offset, causal, scale)
+        return hopper_launch.launch(q, k, v, counts, partials, indices, mask_ids, masks, q_offset, causal, scale)
     from prunekit_kernels.block_sparse_prefill import portable
 
     return portable.launch(

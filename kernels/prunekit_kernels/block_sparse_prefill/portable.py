@@ -30,6 +30,25 @@ class Tile:
 
 
 @triton.jit
+def table_mask(
+    masks, number, in_q, first_k, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Bool [queries, TILE] of mask `number`, or [TILE, queries] if KEYS_FIRST, from key `first_k` of the block on.
+
+    A word is loaded once for each query and chosen by column: a load for each pair took three times the rest of the
+    kernel.
+    """
+    AXIS: tl.constexpr = 1 if KEYS_FIRST else 0
+    column = tl.arange(0, TILE)
+    at = masks + (number * BLOCK_Q + in_q) * (BLOCK_K // 32) + first_k // 32
+    words = tl.expand_dims(tl.load(at), 1 - AXIS)
+    for w in tl.static_range(1, TILE // 32):
+        words = tl.where(tl.expand_dims(column // 32 == w, AXIS), tl.expand_dims(tl.load(at + w), 1 - AXIS), words)
+    return ((words >> tl.expand_dims((first_k + column) % 32, AXIS)) & 1) != 0
+
+
+@triton.jit
 def _accumulate(
     acc, m, l, q, k_at, v_at, k_rows, n_keys, d_mask, keep, bias, gate, stride_kt, stride_vt, scale_log2,
     CHECK_KEYS: tl.constexpr, MASKED: tl.constexpr, PAD_DIM: tl.constexpr, GATE: tl.constexpr,
@@ -126,12 +145,12 @@ def _prefill(
         l = tl.zeros([BLOCK_Q], tl.float32)
         for j in range(partial):
             block = tl.load(indices + line * width + j // SPLIT)
-            inner = (j % SPLIT) * TILE + tl.arange(0, TILE)
-            k_rows = block * BLOCK_K + inner
+            k_rows = block * BLOCK_K + (j % SPLIT) * TILE + tl.arange(0, TILE)
             if TABLE:
                 mask_id = tl.load(mask_ids + line * mask_width + j // SPLIT)
-                words = masks + (mask_id * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None] * (BLOCK_K // 32)
-                keep = ((tl.load(words + (inner // 32)[None, :]) >> (inner % 32)[None, :]) & 1) != 0
+                keep = table_mask(
+                    masks, mask_id, tl.arange(0, BLOCK_Q), (j % SPLIT) * TILE, BLOCK_Q, BLOCK_K, TILE, False
+                )  # fmt: skip
             elif CAUSAL:
                 keep = (q_offset + at_q)[:, None] >= k_rows[None, :]
             else:

@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference
+from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference, page_scores_reference
 
 MAX_PAGE = 256
 
@@ -52,6 +52,21 @@ def _means_fake(x: Tensor, block_tokens: int) -> Tensor:
     return x.new_empty((*x.shape[:2], -(-x.shape[2] // block_tokens), x.shape[3]))
 
 
+@torch.library.custom_op("prunekit::page_scores", mutates_args=())
+def _scores(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    half = q.dtype in (torch.bfloat16, torch.float16) and low.dtype == high.dtype == q.dtype
+    if not (q.is_cuda and _has_triton() and half and q.stride(-1) == low.stride(-1) == high.stride(-1) == 1):
+        return page_scores_reference(q, low, high)
+    from prunekit_kernels.page_summaries import portable
+
+    return portable.bounds_scores(q, low, high)
+
+
+@_scores.register_fake
+def _scores_fake(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return low.new_empty(low.shape[:3], dtype=torch.float32)
+
+
 def page_bounds(x: Tensor, page_tokens: int = 16) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each channel in each page of tokens.
 
@@ -67,3 +82,15 @@ def page_bounds(x: Tensor, page_tokens: int = 16) -> tuple[Tensor, Tensor]:
 def block_means(x: Tensor, block_tokens: int = 128) -> Tensor:
     """Mean over each block of tokens, [B, G, P, D] in the dtype of `x`; the last block may hold fewer tokens."""
     return _means(x, block_tokens)
+
+
+def page_scores(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The largest product that a query can have with a key within the bounds of each page.
+
+    Args:
+        q: queries of a step [B, H, 1, D].
+        low: smallest values [B, G, P, D], G dividing H; `high` largest ones.
+    Returns:
+        float32 [B, G, P], of the H / G query heads of a key-value head the largest.
+    """
+    return _scores(q, low, high)

@@ -15,41 +15,102 @@ from torch import Tensor
 @triton.jit(do_not_specialize=["heads", "n_tokens", "n_pages"])
 def _summaries(
     x_ptr, first_ptr, second_ptr, stride_b, stride_g, stride_t, heads, n_tokens, n_pages,
-    PAGE: tl.constexpr, PAGES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MEAN: tl.constexpr,
+    PAGE: tl.constexpr, PAGES: tl.constexpr, UNROLL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEAN: tl.constexpr,
 ):  # fmt: skip
+    """Each thread holds a few channels of a page and meets its tokens one after the other, UNROLL loads at a time."""
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     page = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
-    token = tl.program_id(0) * PAGES * PAGE + tl.arange(0, PAGES * PAGE)
     at_d = tl.arange(0, BLOCK_D)
-    x_at = x_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_g
-    x_at += token.to(tl.int64)[:, None] * stride_t + at_d[None, :]
-    load = (token < n_tokens)[:, None] & (at_d < DIM)[None, :]
+    x_at = x_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_g + at_d[None, :]
     out = (tl.program_id(1).to(tl.int64) * n_pages + page)[:, None] * DIM + at_d[None, :]
     store = (page < n_pages)[:, None] & (at_d < DIM)[None, :]
+    # In float32, which holds every half value, because the interpreter compares bfloat16 by its bits.
+    low = tl.full([PAGES, BLOCK_D], 0.0 if MEAN else float("inf"), tl.float32)
+    high = tl.full([PAGES, BLOCK_D], float("-inf"), tl.float32)
+    for first in range(0, PAGE, UNROLL):
+        for t in tl.static_range(UNROLL):
+            token = page * PAGE + first + t
+            load = (token < n_tokens)[:, None] & (at_d < DIM)[None, :]
+            x = tl.load(x_at + token.to(tl.int64)[:, None] * stride_t, mask=load, other=0.0).to(tl.float32)
+            if MEAN:
+                low += x
+            else:
+                low = tl.minimum(low, tl.where(load, x, float("inf")))
+                high = tl.maximum(high, tl.where(load, x, float("-inf")))
     if MEAN:
-        x = tl.load(x_at, mask=load, other=0.0).to(tl.float32)
-        sums = tl.sum(tl.reshape(x, [PAGES, PAGE, BLOCK_D]), 1)
         count = tl.minimum(n_tokens - page * PAGE, PAGE).to(tl.float32)
-        tl.store(first_ptr + out, (sums / count[:, None]).to(first_ptr.dtype.element_ty), mask=store)
+        tl.store(first_ptr + out, (low / count[:, None]).to(first_ptr.dtype.element_ty), mask=store)
     else:
-        # In float32, which holds every half value, because the interpreter compares bfloat16 by its bits.
-        x = tl.load(x_at, mask=load, other=0.0).to(tl.float32)
-        low = tl.min(tl.reshape(tl.where(load, x, float("inf")), [PAGES, PAGE, BLOCK_D]), 1)
-        high = tl.max(tl.reshape(tl.where(load, x, float("-inf")), [PAGES, PAGE, BLOCK_D]), 1)
         tl.store(first_ptr + out, low.to(first_ptr.dtype.element_ty), mask=store)
         tl.store(second_ptr + out, high.to(second_ptr.dtype.element_ty), mask=store)
 
 
-def launch(x: Tensor, page_tokens: int, mean: bool) -> tuple[Tensor, Tensor]:
-    """Means twice, or smallest and largest values, [B, G, P, D]."""
+def launch(x: Tensor, page_tokens: int, mean: bool, pages: int = 0, warps: int = 0) -> tuple[Tensor, Tensor]:
+    """Means twice, or smallest and largest values, [B, G, P, D].
+
+    Args:
+        pages: pages of a program; a default if 0.
+        warps: warps of a program; a default if 0.
+    """
     batch, heads, n_tokens, dim = x.shape
     n_pages = -(-n_tokens // page_tokens)
     first = x.new_empty((batch, heads, n_pages, dim))
     second = first if mean else torch.empty_like(first)
-    pages = max(1, 64 // page_tokens)
+    pages = pages or (8 if page_tokens <= 32 else 2)
     _summaries[(triton.cdiv(n_pages, pages), batch * heads)](
         x, first, second, x.stride(0), x.stride(1), x.stride(2), heads, n_tokens, n_pages,
-        PAGE=page_tokens, PAGES=pages, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), MEAN=mean, num_warps=4,
+        PAGE=page_tokens, PAGES=pages, UNROLL=min(16, page_tokens), DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
+        MEAN=mean, num_warps=warps or (4 if pages >= 8 else 1),
     )  # fmt: skip
     return first, second
+
+
+@triton.jit(do_not_specialize=["kv_heads", "group", "n_pages"])
+def _bounds_scores(
+    q_ptr, low_ptr, high_ptr, out_ptr, stride_qb, stride_qh, stride_lb, stride_lg, stride_lp, stride_hb, stride_hg,
+    stride_hp, kv_heads, group, n_pages,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The best bound of PAGES pages over the query heads of one key-value head."""
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv = (tl.program_id(1) % kv_heads).to(tl.int64)
+    page = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
+    at_d = tl.arange(0, BLOCK_D)
+    at_r = tl.arange(0, ROWS)
+    d_mask = (at_d < DIM)[None, :]
+    real = at_r < group
+    q_at = q_ptr + batch * stride_qb + (kv * group + at_r)[:, None] * stride_qh + at_d[None, :]
+    q = tl.load(q_at, mask=real[:, None] & d_mask, other=0.0)
+    load = (page < n_pages)[:, None] & d_mask
+    at = page.to(tl.int64)[:, None]
+    low = tl.load(low_ptr + batch * stride_lb + kv * stride_lg + at * stride_lp + at_d[None, :], mask=load, other=0.0)
+    high = tl.load(high_ptr + batch * stride_hb + kv * stride_hg + at * stride_hp + at_d[None, :], mask=load, other=0.0)
+    wide = q.to(tl.float32)
+    above = tl.trans(tl.maximum(wide, 0.0).to(q.dtype))
+    below = tl.trans(tl.minimum(wide, 0.0).to(q.dtype))
+    if WIDEN:
+        s = tl.dot(high.to(tl.float32), above.to(tl.float32), input_precision=PRECISION)
+        s = tl.dot(low.to(tl.float32), below.to(tl.float32), s, input_precision=PRECISION)
+    else:
+        s = tl.dot(high, above, input_precision=PRECISION)
+        s = tl.dot(low, below, s, input_precision=PRECISION)
+    best = tl.max(tl.where(real[None, :], s, float("-inf")), 1)
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * n_pages + page, best, mask=page < n_pages)
+
+
+def bounds_scores(q: Tensor, low: Tensor, high: Tensor, pages: int = 64, warps: int = 2) -> Tensor:
+    """Runs the kernel; arguments and result as in `page_scores`."""
+    batch, kv_heads, n_pages, dim = low.shape
+    group = q.shape[1] // kv_heads
+    out = torch.empty((batch, kv_heads, n_pages), dtype=torch.float32, device=q.device)
+    _bounds_scores[(triton.cdiv(n_pages, pages), batch * kv_heads)](
+        q, low, high, out, q.stride(0), q.stride(1), *low.stride()[:3], *high.stride()[:3], kv_heads, group, n_pages,
+        DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), ROWS=max(16, triton.next_power_of_2(group)),
+        PAGES=pages, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        # Triton's interpreter multiplies the bit patterns of bfloat16.
+        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda, num_warps=warps,
+    )  # fmt: skip
+    return out

@@ -23,3 +23,10 @@ def means_reference(x: Tensor, block_tokens: int) -> Tensor:
     sums[:, :, :-1] /= block_tokens
     sums[:, :, -1] /= block_tokens - missing
     return sums.to(x.dtype)
+
+
+def page_scores_reference(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What `page_scores` returns, in the dtype of `q` until the sum of both products."""
+    mine = q.squeeze(2).unflatten(1, (low.shape[1], -1))
+    bounds = mine.clamp(min=0) @ high.transpose(2, 3) + mine.clamp(max=0) @ low.transpose(2, 3)
+    return bounds.float().amax(2)

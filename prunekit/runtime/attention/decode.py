@@ -131,8 +131,20 @@ def _scored_lists(pattern: Scored, module: nn.Module, query: Tensor, key: Tensor
         tokens = chosen.repeat_interleave(size, 2)[..., :n_keys] & mask[:, None]
         return PageLists.from_mask(tokens, kv_heads)
     read = (keep - 1) * size + n_keys - (n_pages - 1) * size
-    count = torch.full((batch, kv_heads), read, dtype=torch.int32, device=key.device)
-    return PageLists.from_table(pages, count, kv_heads, size, paged=False)
+    # A captured step makes its own: what capturing makes holds nothing before the first replay.
+    make = _table_shape.__wrapped__ if cannot_ask(key) else _table_shape
+    starts, count = make(batch, kv_heads, keep, read, str(key.device))
+    return PageLists(
+        indices=pages.reshape(-1), starts=starts, tokens=count, page_tokens=size, paged=False, longest=keep * size,
+        total=batch * kv_heads * keep * size,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _table_shape(batch: int, kv_heads: int, width: int, tokens: int, device: str) -> tuple[Tensor, Tensor]:
+    """Where each list of a table of pages begins and how many tokens it reads, int32 [B, G]; layers share them."""
+    starts = torch.arange(batch * kv_heads, dtype=torch.int32, device=device).view(batch, kv_heads) * width
+    return starts, torch.full((batch, kv_heads), tokens, dtype=torch.int32, device=device)
 
 
 @dataclass

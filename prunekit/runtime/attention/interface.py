@@ -29,6 +29,7 @@ from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.policy import policy_of
 from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, refusal
 from prunekit_kernels.block_sparse_prefill.fastest import prefill_fastest
+from prunekit_kernels.permute import permute_tokens
 
 NAME = "prunekit"
 # Reasons for the slow path that were said in this process.
@@ -50,6 +51,13 @@ def say_slow(reason: str, stacklevel: int = 2) -> None:
 @functools.lru_cache(maxsize=16)
 def _lists(pattern: Pattern, n_queries: int, n_keys: int, device: str) -> BlockLists:
     return block_lists(pattern, n_queries, n_keys, n_keys - n_queries, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def _orders(pattern: Pattern, n_tokens: int, device: str) -> tuple[Tensor, Tensor] | None:
+    """Token in each slot and slot of each token, int32 [T], or None if slots and positions are the same."""
+    order = order_of(pattern, n_tokens)
+    return None if order is None else (order.to(device, torch.int32), order.argsort().to(device, torch.int32))
 
 
 def attention_mask(
@@ -174,15 +182,15 @@ def prompt(
     spans = None if padding is None else spans_of(padding)
     if not is_scored(pattern):
         lists = _lists(pattern, n_queries, n_keys, str(query.device))
-        order = order_of(pattern, n_keys)
-        if order is None:
+        orders = _orders(pattern, n_keys, str(query.device))
+        if orders is None:
             if fastest and spans is None:
                 return prefill_fastest(query, key, value, lists, scale=scaling)
             starts, ends = spans or (None, None)
             return block_sparse_prefill(query, key, value, lists, scale=scaling, starts=starts, ends=ends)[0]
-        order = order.to(query.device)
-        q, k, v = (t.index_select(2, order) for t in (query, key, value))
-        return torch.empty_like(query).index_copy_(2, order, block_sparse_prefill(q, k, v, lists, scale=scaling)[0])
+        order, slots = orders
+        q, k, v = (permute_tokens(t, order, slots) for t in (query, key, value))
+        return permute_tokens(block_sparse_prefill(q, k, v, lists, scale=scaling)[0], slots, order)
     out = torch.zeros_like(query)
     pieces = [(0, n_queries)] * len(out) if spans is None else list(zip(*(s.tolist() for s in spans), strict=True))
     for b, (start, end) in enumerate(pieces):

@@ -8,9 +8,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._scored import best_of_group, grouped
 from prunekit_kernels.block_sparse_prefill import BlockLists
-from prunekit_kernels.page_summaries import page_bounds
+from prunekit_kernels.page_summaries import page_bounds, page_scores
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,4 @@ class Quest:
 
     def page_scores(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
         """The bounds: positive query values meet the largest key values, negative ones the smallest."""
-        low, high = summaries
-        mine = grouped(q, low.shape[1])
-        return best_of_group(mine.clamp(min=0) @ high.transpose(2, 3) + mine.clamp(max=0) @ low.transpose(2, 3))
+        return page_scores(q, *summaries)
