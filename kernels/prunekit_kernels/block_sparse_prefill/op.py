@@ -123,16 +123,14 @@ def _backward(
     from prunekit_kernels.block_sparse_prefill import backward
 
     grad, q, k, v, out = _aligned(grad), _aligned(q), _aligned(k), _aligned(v), _aligned(out)
-    # Gradients of 256 channels fill the registers of smaller tiles.
-    tiles = {"tile_q": 32, "tile_k": 32, "tile_k_keys": 32} if q.shape[-1] > 128 else {}
     if starts is None or ends is None or len(starts) == q.shape[0]:
-        return backward.launch(grad, grad_lse, q, k, v, out, lse, *lists, scale, **tiles)
+        return backward.launch(grad, grad_lse, q, k, v, out, lse, *lists, scale)
     found = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     lists = (counts, partials, indices, mask_ids, masks, None, None, biases, block_q, block_k, q_offset, causal)
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         parts = [t[:, :, start:end] for t in (grad, grad_lse, q, k, v, out, lse)]
         parts[1], parts[6] = parts[1].contiguous(), parts[6].contiguous()
-        for whole, part in zip(found, backward.launch(*parts, *lists, scale, **tiles), strict=True):
+        for whole, part in zip(found, backward.launch(*parts, *lists, scale), strict=True):
             whole[:, :, start:end] = part
     return found
 

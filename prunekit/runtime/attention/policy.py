@@ -157,13 +157,23 @@ def policy_of(config: Any) -> Policy:
     Raises:
         RuntimePolicyError: if the config has none, or one for another model.
     """
-    number = _number(config)
+    number = _number(config, _state)
     return _POLICIES[number]
 
 
-# A compiled model reads its configuration once, while it is compiled.
+# Another text after each change of a configuration's section. What is compiled is guarded by it, and compiled anew.
+_state = "0"
+
+
+def changed() -> None:
+    """Says that the section of a configuration is another one now."""
+    global _state
+    _state = str(int(_state) + 1)
+
+
+# A compiled model reads its configuration while it is compiled, and not again until `changed` was called.
 @torch.compiler.assume_constant_result
-def _number(config: Any) -> int:
+def _number(config: Any, state: str) -> int:
     """Place of a configuration's policy in `_POLICIES`."""
     section = section_of(getattr(config, "prunekit", None))
     if section is None:
