@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 TOP, MASS, POSITIVE = 0, 1, 2
+# Tiles of folded queries whose programs lie side by side.
 NEAR = 4
 
 

@@ -164,7 +164,7 @@ def _queries(
 
 @triton.jit
 def _keys_step(
-    dk, dv, k, v, entry, part, k_rows, in_k, first_k, q_at, g_at, lse_at, delta_at, d_mask, start, n_rows, mask_ids,
+    dk, dv, k, v, entry, part, k_rows, first_k, q_at, g_at, lse_at, delta_at, d_mask, start, n_rows, mask_ids,
     masks, biases, stride_qs, stride_gs, list_rows, width, mask_width, q_offset, scale_log2,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, MASKED: tl.constexpr,
     CHECK: tl.constexpr, TABLE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, PAD_DIM: tl.constexpr,
@@ -235,8 +235,7 @@ def _keys(
         n_inside = n_rows
     if block < n_cols:
         first_k = (tl.program_id(0) % SPLIT) * TILE_K
-        in_k = first_k + tl.arange(0, TILE_K)
-        k_rows = block * BLOCK_K + in_k
+        k_rows = block * BLOCK_K + first_k + tl.arange(0, TILE_K)
         at_d = tl.arange(0, BLOCK_D)
         d_mask = at_d < DIM
         k_mask = (k_rows < n_inside)[:, None] & d_mask[None, :]
@@ -259,7 +258,7 @@ def _keys(
             middle = tl.minimum(tl.maximum(tl.load(bounds + column + 1), first), last)
             for e in range(first * PARTS, middle * PARTS):
                 dk, dv = _keys_step(
-                    dk, dv, k, v, tl.load(order + e // PARTS), e % PARTS, k_rows, in_k, first_k, q_at, g_at,
+                    dk, dv, k, v, tl.load(order + e // PARTS), e % PARTS, k_rows, first_k, q_at, g_at,
                     lse_ptr + flat, delta_ptr + flat, d_mask, start, n_rows, mask_ids, masks, biases, stride_qs,
                     stride_gs, list_rows, width, mask_width, q_offset, scale * LOG2E, BLOCK_Q, BLOCK_K, TILE_Q,
                     TILE_K, True, True, TABLE, CAUSAL, BIAS, BLOCK_D != DIM, PRECISION, WIDEN,
@@ -269,7 +268,7 @@ def _keys(
                 entry = ahead
                 ahead = tl.load(order + (e + 1) // PARTS, mask=e + 1 < last * PARTS, other=0)
                 dk, dv = _keys_step(
-                    dk, dv, k, v, entry, e % PARTS, k_rows, in_k, first_k, q_at, g_at,
+                    dk, dv, k, v, entry, e % PARTS, k_rows, first_k, q_at, g_at,
                     lse_ptr + flat, delta_ptr + flat, d_mask, start, n_rows, mask_ids, masks, biases, stride_qs,
                     stride_gs, list_rows, width, mask_width, q_offset, scale * LOG2E, BLOCK_Q, BLOCK_K, TILE_Q,
                     TILE_K, False, CHECK, TABLE, CAUSAL, BIAS, BLOCK_D != DIM, PRECISION, WIDEN,
@@ -394,7 +393,7 @@ def launch(
         most = min(most, n_cols + list_rows * width // chunk)
     items, n_chunks = cut(bounds, n_cols, chunk, most)
     split = list_rows > chunk
-    dk_sum, dv_sum = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) if split else t for t in (dk, dv))
+    dk_sum, dv_sum = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) if split else lse for _ in "kv")
     nothing = counts
     tables = (nothing if mask_ids is None else mask_ids, nothing if masks is None else masks)
     extra = (nothing if biases is None else biases, starts if spans else nothing, ends if spans else nothing)
