@@ -128,9 +128,12 @@ def _backward(
     found = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     lists = (counts, partials, indices, mask_ids, masks, None, None, biases, block_q, block_k, q_offset, causal)
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        parts = [t[:, :, start:end] for t in (grad, grad_lse, q, k, v, out, lse)]
-        parts[1], parts[6] = parts[1].contiguous(), parts[6].contiguous()
-        for whole, part in zip(found, backward.launch(*parts, *lists, scale), strict=True):
+        here = slice(start, end)
+        parts = backward.launch(
+            grad[:, :, here], grad_lse[:, :, here].contiguous(), q[:, :, here], k[:, :, here], v[:, :, here],
+            out[:, :, here], lse[:, :, here].contiguous(), *lists, scale,
+        )  # fmt: skip
+        for whole, part in zip(found, parts, strict=True):
             whole[:, :, start:end] = part
     return found
 
@@ -154,7 +157,7 @@ def _gated_backward_fake(
     causal: bool, scale: float, free: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grads = (t.new_empty(t.shape) for t in (q, k, v))
-    return (*grads, gates.new_empty(gates.shape))  # type: ignore[return-value]
+    return (*grads, gates.new_empty(gates.shape))
 
 
 @_backward.register_fake
