@@ -14,7 +14,7 @@ from prunekit.runtime.attention.decode import forget
 from prunekit.runtime.attention.interface import NAME, register, say_slow
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
-from prunekit.runtime.attention.policy import changed, policy
+from prunekit.runtime.attention.policy import model_facts, policy
 from prunekit_kernels.block_sparse_prefill import refusal
 
 ABSENT = object()
@@ -30,7 +30,6 @@ class Attachment:
         for config, _, old in self._before:
             kept = dict(old) if isinstance(old, Mapping) else {}
             config.prunekit = {**kept, "runtime": {**kept.get("runtime", {}), "attention": dict(section)}}
-        changed()
         model.set_attn_implementation(NAME)
         stuck = [type(c).__name__ for c, _, _ in self._before if c._attn_implementation != NAME]
         if stuck:
@@ -49,7 +48,6 @@ class Attachment:
             else:
                 config.prunekit = section
         self._before = []
-        changed()
         forget(self._model)
 
     def __enter__(self) -> PreTrainedModel:
@@ -84,7 +82,7 @@ def attach(
             model.generate(**inputs)
     """
     chosen = policy(pattern, None if layers is None else tuple(layers))
-    chosen.require_for(model.config)
+    chosen.require_for(model_facts(model.config))
     reason = _no_kernel(model)
     if reason and strict:
         raise RuntimePolicyError("no kernel serves this model", why=reason)

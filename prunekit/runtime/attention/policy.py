@@ -55,13 +55,15 @@ class Policy:
             found["made_for"] = dict(self.made_for)
         return {**found, "fastest": True} if self.fastest else found
 
-    def require_for(self, config: Any) -> None:
-        """Fails where the policy is not for the model of a configuration.
+    def require_for(self, now: Mapping[str, Any]) -> None:
+        """Fails where the policy is not for a model.
+
+        Args:
+            now: what `model_facts` says of it.
 
         Raises:
             RuntimePolicyError: naming what differs.
         """
-        now = model_facts(config)
         for key, then in self.made_for:
             if now.get(key) != then:
                 raise RuntimePolicyError(
@@ -157,32 +159,22 @@ def policy_of(config: Any) -> Policy:
     Raises:
         RuntimePolicyError: if the config has none, or one for another model.
     """
-    number = _number(config, _state)
-    return _POLICIES[number]
-
-
-# Another text after each change of a configuration's section. What is compiled is guarded by it, and compiled anew.
-_state = "0"
-
-
-def changed() -> None:
-    """Says that the section of a configuration is another one now."""
-    global _state
-    _state = str(int(_state) + 1)
-
-
-# A compiled model reads its configuration while it is compiled, and not again until `changed` was called.
-@torch.compiler.assume_constant_result
-def _number(config: Any, state: str) -> int:
-    """Place of a configuration's policy in `_POLICIES`."""
     section = section_of(getattr(config, "prunekit", None))
     if section is None:
         raise RuntimePolicyError(
             '`attn_implementation="prunekit"` finds no pattern in the config of this model',
             hint="set `config.prunekit` to a runtime section, or use prunekit.runtime.attach(model, pattern=...)",
         )
+    number = _number(section, model_facts(config))
+    return _POLICIES[number]
+
+
+# Dynamo guards what a compiled model passes here, so another section is compiled anew.
+@torch.compiler.assume_constant_result
+def _number(section: Mapping[str, Any], facts: Mapping[str, Any]) -> int:
+    """Place of a section's policy in `_POLICIES`."""
     found = _parsed(json.dumps(section, sort_keys=True))
-    found.require_for(config)
+    found.require_for(facts)
     if found not in _POLICIES:
         _POLICIES.append(found)
     return _POLICIES.index(found)
