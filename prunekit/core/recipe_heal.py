@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, StrictFloat, StrictInt, StrictStr, model_serializer, model_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_serializer, model_validator
 
 from prunekit.core.recipe_base import Part, gathered, named_text
 from prunekit.core.recipe_select import Select
@@ -100,3 +100,7 @@ class Heal(Training):
     )
     lora_rank: StrictInt = Field(default=16, ge=1, description="Rank of the adapters.")
     lora_alpha: StrictFloat = Field(default=32.0, gt=0, description="The adapters' scale is this over their rank.")
+    compile: StrictBool = Field(
+        default=False,
+        description="Run the blocks of both models and the divergence compiled; needs a C compiler, and pays on a GPU.",
+    )

@@ -93,7 +93,7 @@ class _Both:
     """The task's loss, and in training the gates' own beside it."""
 
     def __init__(self, objective: Objective, gates: torch.nn.Module, own: Any) -> None:
-        self.hidden_states = objective.hidden_states
+        self.hidden_states, self.teacher = objective.hidden_states, objective.teacher
         self._objective, self._gates, self._own = objective, gates, own
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -91,6 +92,7 @@ def heal(scene: Scene, work: Path) -> Healed:
     """
     from prunekit.heal import _lora, _shards
     from prunekit.heal._checkpoints import open_work, sealed
+    from prunekit.heal._compile import compiled
     from prunekit.heal._data import gather
     from prunekit.heal._loop import train
     from prunekit.heal._weights import names_of, round_as_stored
@@ -116,8 +118,11 @@ def heal(scene: Scene, work: Path) -> Healed:
     if is_first_rank():
         open_work(work, {**settings, **digests})
     try:
-        with quiet():
+        with quiet(), ExitStack() as stack:
             trained = _lora.adapted(model, asked) if asked.train == "lora" else model
+            for each in (model, objective.teacher) if asked.compile else ():
+                if each is not None:
+                    stack.enter_context(compiled(each))
             told, state = train(trained, objective, data, scene, work)
     except BaseException:
         if is_first_rank() and not sealed(work):
