@@ -3,11 +3,11 @@
     python benchmarks/heal_ways.py --device cuda --dtype bfloat16 --texts 4000 --steps 500 --out ways.jsonl
     python benchmarks/heal_ways.py --out ways.jsonl --table
 
-Each row is measured as cut, as repaired, and as repaired and healed. All rows share one search, one set of texts to heal
-on (written by the dense model once) and one measurement of the dense model, and healed models are measured in the memory
-they were trained in: `benchmarks/heal.py` is the script whose rows went through files and checks in fresh processes.
-Rows that `--out` holds already are passed over; no row is begun that would end after `--until` seconds, as far as the
-rows before tell.
+Each row is measured as cut, as repaired, and as repaired and healed. All rows share one search, one set of texts to
+heal on (written by the dense model once) and one measurement of the dense model. Healed models are measured in the
+memory they were trained in; the rows of `benchmarks/heal.py` went through files and checks in fresh processes. Rows
+that `--out` holds already are passed over; no row is begun that would end after `--until` seconds, as far as those
+before it tell.
 """
 
 from __future__ import annotations
