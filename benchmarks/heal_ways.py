@@ -247,7 +247,9 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.3], help="fractions of block parameters")
     parser.add_argument("--calibrate", type=int, default=10, help="sequences of 256 tokens for scores and search")
     parser.add_argument("--repair", type=int, default=200, help="sequences for the repair, as long as those of healing")
-    parser.add_argument("--data", nargs="+", default=["teacher", "wikitext2"], help="texts: NAME[@PROMPTS][=WEIGHT]")
+    parser.add_argument(
+        "--data", nargs="+", default=["teacher", "wikitext2"], help="texts: NAME[@PROMPTS[:TOKENS]][=WEIGHT]"
+    )
     parser.add_argument("--texts", type=int, help="sequences in all [what the texts hold]")
     parser.add_argument("--train-length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=500)
@@ -267,8 +269,9 @@ def main() -> None:
     if given.table:
         print(table(_held(given.out)))
         return
-    # `facts` tells of one search.
-    about = facts(argparse.Namespace(**vars(given), remove=None, candidates="pairs"))
+    # What `facts` tells of a single cut is told by each row here.
+    about = facts(argparse.Namespace(**vars(given), remove=max(given.shares), neurons=0.0, candidates="pairs"))
+    about.pop("remove"), about.pop("neurons")
     for row in rows(given):
         line = json.dumps({**about, **row})
         print(line, flush=True)
