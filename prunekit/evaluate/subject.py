@@ -39,6 +39,7 @@ class Subject:
         trust_remote_code: whether modelling code inside the folder may run.
         attention: section of the sparse runtime that it runs under, such as `{"pattern": "power"}`; None is dense.
         loaded: the model where it is in memory already.
+        choosing: what keeps units chosen for each input, where the folder has predictors and the model was loaded.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Subject:
     trust_remote_code: bool = False
     attention: Mapping[str, Any] | None = None
     loaded: Any = field(default=None, repr=False)
+    choosing: Any = field(default=None, repr=False)
 
     @property
     def kind(self) -> Kind:
@@ -77,6 +79,7 @@ class Subject:
 
                 self.loaded = OnnxModel(self.folder, self.device)
             else:
+                from prunekit.modeling.dynamic import dynamic
                 from prunekit.modeling.load import load_model
 
                 model = load_model(self.folder, self.dtype, self.device, self.trust_remote_code)
@@ -84,12 +87,14 @@ class Subject:
                     from prunekit.runtime import attach
 
                     attach(model, self.attention)
-                self.loaded = model
+                # What is measured is the model that the folder is for.
+                self.choosing = dynamic(model, self.folder)
+                self.loaded = self.choosing.__enter__()
         return self.loaded
 
     def release(self) -> None:
         """Lets the weights go."""
-        self.loaded = None
+        self.loaded = self.choosing = None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text.
