@@ -123,5 +123,5 @@ class Heal(Training):
     )
     compile: StrictBool = Field(
         default=False,
-        description="Run the blocks of both models and the divergence compiled; needs a C compiler, and pays on a GPU.",
+        description="Run the blocks of both models and the divergence compiled; for GPUs; needs a C compiler.",
     )

@@ -281,8 +281,8 @@ class Recipe(Part):
                 name = section.section
                 data[name] = {"method": section.method, **knobs, **data[name], **knobs}
         if self.heal is not None and self.heal.attention is not None:
-            asked = self.heal.attention
-            data["heal"]["attention"] = {"method": asked.method, **_all_knobs(ATTENTIONS, asked.method, asked.knobs)}
+            way = self.heal.attention
+            data["heal"]["attention"] = {"method": way.method, **_all_knobs(ATTENTIONS, way.method, way.knobs)}
         return {key: value for key, value in data.items() if value not in ({}, [])}
 
 

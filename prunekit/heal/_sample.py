@@ -21,7 +21,7 @@ _OF_FREE_MEMORY = 0.4
 _MOST_AT_ONCE = 8192
 
 
-class _Room(DynamicLayer):  # type: ignore[misc]
+class _Room(DynamicLayer):
     """Keys and values of a layer in room that is taken once: nothing is copied or allocated for a further token.
 
     Args:
@@ -32,6 +32,7 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._tokens = tokens
         self._held: list[Tensor] = []
+        self._filled = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Adds tokens [B, H, T, D] and returns all there are."""
@@ -39,12 +40,13 @@ class _Room(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
             self._held = [states.new_empty((*states.shape[:2], self._tokens, states.shape[3]))
                           for states in (key_states, value_states)]  # fmt: skip
-        begin = self.keys.shape[-2] if self.keys.numel() else 0
-        end = begin + key_states.shape[-2]
+        begin, end = self._filled, self._filled + key_states.shape[-2]
         for held, states in zip(self._held, (key_states, value_states), strict=True):
             held[:, :, begin:end] = states
-        self.keys, self.values = (held[:, :, :end] for held in self._held)
-        return self.keys, self.values
+        self._filled = end
+        keys, values = (held[:, :, :end] for held in self._held)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def _cache(model: Any, tokens: int) -> dict[str, Any]:

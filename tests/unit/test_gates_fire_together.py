@@ -21,7 +21,9 @@ from prunekit.modeling.dynamic import FILE, Predictor, choosing, dynamic, load_p
 from prunekit.modeling.load import load_model
 from prunekit.modeling.modeling_prunekit import blocks_of, output_projection
 from prunekit.plan.cost import sublayer_cost
+from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
+from prunekit.surgery import engine
 from tests.healing import Bench, bench
 from tests.tiny import FFN, HEAD, HEADS, HIDDEN, tiny_model, write_tiny
 
@@ -284,6 +286,12 @@ def test_damaged_predictors_are_named(tmp_path: Path) -> None:
     with torch.no_grad(), dynamic(load_model(folder), folder) as model:
         assert not torch.allclose(model(ids).logits, stock(ids).logits)
     torch.testing.assert_close(load_model(folder)(ids).logits, stock(ids).logits)
+    # What is cut from it has none.
+    view = ModelView.open(folder)
+    (tmp_path / "cut").mkdir()
+    engine.apply(view, Plan.make(view, ["blocks.2.attention", "blocks.2.ffn"]), tmp_path / "cut")
+    assert load_predictors(tmp_path / "cut") is None
+    assert "prunekit" not in json.loads((tmp_path / "cut" / "config.json").read_text())
     (folder / FILE).write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"predictors of .* cannot be loaded"):
         load_predictors(folder)
