@@ -94,19 +94,24 @@ class Firing(nn.Module):
             self._pooled[number] = (given * mask).sum(1) / mask.sum(1)
 
     def _answers(self, number: int, units: Tensor, _: Any, args: tuple[Tensor, ...]) -> None:
-        """The greatest response of each unit over the tokens, [B, U]."""
+        """The response of each unit over the tokens, [B, U]."""
         given = args[0].detach()[:, self.tokens :].float()
         if self._mask is not None:
             given = given * self._mask[:, self.tokens :, None].to(given)
         n = int(units.max()) + 1
         squares = given.new_zeros((*given.shape[:2], n)).index_add(2, units.to(given.device), given.square())
-        self._response[number] = squares.amax(1).sqrt()
+        if self.knobs.response == "max":
+            squares = squares.amax(1)
+        else:
+            squares = squares.sum(1) / (given.shape[1] if self._mask is None else self._mask.sum(1, keepdim=True))
+        self._response[number] = squares.sqrt()
 
     def targets(self) -> list[Tensor]:
         """Which units of each place should be computed for the sequences of the last pass, bool [B, U]."""
         responses = [self._response[number] for number in range(len(self.places))]
         if float(self.mass) < 0:
             self.mass.fill_(self._fitting(responses))
+            self._begin_with(self.targets())
         pick, at = (by_mass, float(self.mass)) if self.knobs.targets == "mass" else (by_count, 1 - float(self.mass))
         return [pick(response, at) for response in responses]
 
@@ -119,6 +124,14 @@ class Firing(nn.Module):
             gone = self.task.costs.before - float(self.task.costs.left(kept.cpu().double()))
             low, high = (float(self.mass), high) if gone > self.task.goal else (low, float(self.mass))
         return low
+
+    def _begin_with(self, targets: Sequence[Tensor]) -> None:
+        """Before they have learned anything predictors say how often each unit fired, with one guess added."""
+        for predictor, target in zip(self.predictors, targets, strict=True):
+            counted = target.double()
+            often = (counted.sum(0) + counted.mean()) / (len(target) + 1)
+            with torch.no_grad():
+                predictor.up.bias.copy_(torch.logit(often, eps=1e-3))
 
     def forward(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         """Mean over sub-layers and units of the binary cross entropy between what is foretold and what fires.
