@@ -61,8 +61,8 @@ class FireTogether:
     deviations: ClassVar[str] = (
         "neurons and heads for filters, tokens for places of an image; responses are root mean squares by default: "
         "with the true targets of 2 x 128 tokens and 27 % of the neurons of SmolLM2-135M left out perplexity went from "
-        "19.8 to 24.4, by the greatest norm to 28.5; predictors of low rank behind a layer norm (the paper: softmax and "
-        "a full matrix) begin with how often each unit fired in the first batch; the fraction follows the budget; "
+        "19.8 to 24.4, by the greatest norm to 28.5; predictors of low rank behind a layer norm (the paper: softmax "
+        "and a full matrix) begin with how often each unit fired in the first batch; the fraction follows the budget; "
         "weights are not trained with the masks; in models that write text the first tokens decide"
     )
     status: ClassVar[str] = "preview"
