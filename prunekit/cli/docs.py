@@ -55,6 +55,7 @@ _SECTIONS = (
     ("HealText", "heal.data"),
     ("Runtime", "runtime"),
     ("Attention", "runtime.attention"),
+    ("HealAttention", "heal.attention"),
     ("Evaluate", "evaluate"),
     ("Perplexity", "evaluate.perplexity"),
     ("KL", "evaluate.kl"),
@@ -261,7 +262,8 @@ def index_page(cards: list[Card]) -> str:
     intro = (
         "For people who choose a method. A score gives every unit one number and the lowest go; a search runs the cut "
         "model to decide what goes next; a gate learns by training which units go, in a recipe's `learn`; a repair "
-        "fits new weights to what is left; healing trains it; a metric scores training examples for `prunekit data`. "
+        "fits new weights to what is left; healing trains it, with another attention on the way where `heal.attention` "
+        "says so; a metric scores training examples for `prunekit data`. "
         "`preview` becomes `stable` once a published or own number is reproduced.\n"
     )
     return "\n".join(["# Methods\n", _MADE, intro, *rows])

@@ -15,7 +15,7 @@ from prunekit.core.recipe_heal import Heal, Training
 from prunekit.core.recipe_learn import Learn
 from prunekit.core.recipe_model import ALTERNATING, REGISTRIES, WIDTH_KINDS, Kind, Repair
 from prunekit.core.recipe_problems import Problem, near
-from prunekit.core.registry import GATES, HEALS, METRICS, REPAIRS, Registry
+from prunekit.core.registry import ATTENTIONS, GATES, HEALS, METRICS, REPAIRS, Registry
 from prunekit.core.task_options import label_of, make_task, split_limit, task_problems
 from prunekit.core.yaml_lines import KeyPath
 
@@ -46,6 +46,7 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
     for model, registry in ((Learn, GATES), (Heal, HEALS)):
         problems += _section(data, model.section, registry, model)
         problems += _training(data, model)
+    problems += _attention(data)
     problems += _learn(data)
     problems += _vocab(data)
     for part in ("calibrate", "learn", "heal"):
@@ -305,6 +306,20 @@ def _kinds(cls: type, name: str, kind: Any, path: KeyPath) -> list[Problem]:
             hint=f"for {kind}: {', '.join(others)}" if others else "no method chooses these yet",
         )
     ]
+
+
+def _attention(data: Mapping[str, Any]) -> list[Problem]:
+    """Name and knobs of the attention that healing trains with."""
+    raw = _inside(data, "heal", "attention")
+    given = {"method": raw} if isinstance(raw, str) else raw
+    if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+        return []
+    path, name, names = ("heal", "attention"), given["method"], ATTENTIONS.names()
+    if name not in names:
+        hint = near(name, names) or f"there are: {', '.join(names)}"
+        return [Problem(f"no attention named `{name}`", path, hint=hint)]
+    knobs = {key: value for key, value in given.items() if key != "method"}
+    return knob_problems(ATTENTIONS.get(name), knobs, path, ["method"])
 
 
 def _select(data: Mapping[str, Any], part: str) -> Iterator[Problem]:

@@ -25,7 +25,7 @@ from prunekit.core.recipe_heal import Heal
 from prunekit.core.recipe_learn import Learn
 from prunekit.core.recipe_runtime import Runtime
 from prunekit.core.recipe_select import Select
-from prunekit.core.registry import GATES, HEALS, PATTERNS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
+from prunekit.core.registry import ATTENTIONS, GATES, HEALS, PATTERNS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
 Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts", "hidden"]
 WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts", "hidden")
@@ -285,6 +285,9 @@ class Recipe(Part):
                 knobs = _all_knobs(registry, section.method, section.knobs)
                 name = section.section
                 data[name] = {"method": section.method, **knobs, **data[name], **knobs}
+        if self.heal is not None and self.heal.attention is not None:
+            way = self.heal.attention
+            data["heal"]["attention"] = {"method": way.method, **_all_knobs(ATTENTIONS, way.method, way.knobs)}
         return {key: value for key, value in data.items() if value not in ({}, [])}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from prunekit.core.method_card import SECTIONS, arguments, card, method_names, registries, task_card
 from prunekit.core.recipe_model import REGISTRIES, Recipe
 from prunekit.core.recipe_runtime import SHARED
-from prunekit.core.registry import PATTERNS, TASKS
+from prunekit.core.registry import ATTENTIONS, PATTERNS, TASKS
 
 
 def json_schema() -> dict[str, Any]:
@@ -37,7 +37,16 @@ def json_schema() -> dict[str, Any]:
         knobs = TypeAdapter(registries()[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
         for inner, definition in knobs.pop("$defs", {}).items():
             definitions[f"{role}_{name}_{inner}"] = definition
-        definitions[f"{role}_{name}"] = _method(role, name, knobs, shared.get(SECTIONS.get(role, "")))
+        definitions[f"{role}_{name}"] = _method(
+            role, name, knobs, {} if role == "attention" else shared.get(SECTIONS.get(role, ""))
+        )
+    definitions["HealAttention"] = {
+        "description": definitions["HealAttention"]["description"],
+        "anyOf": [
+            {"enum": list(ATTENTIONS.names())},
+            *({"$ref": f"#/$defs/attention_{name}"} for name in ATTENTIONS.names()),
+        ],
+    }
     definitions["Measurement"] = {
         "description": definitions["Measurement"]["description"],
         "anyOf": [{"enum": list(TASKS.names())}, *({"$ref": f"#/$defs/task_{name}"} for name in TASKS.names())],
@@ -62,7 +71,7 @@ def json_schema() -> dict[str, Any]:
 
 def _usable() -> list[tuple[str, str]]:
     """(role, name) of the methods that a recipe may name."""
-    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, *SECTIONS)]
+    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, *SECTIONS, "attention")]
 
 
 def _task(name: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Subject:
         attention: section of the sparse runtime that it runs under, such as `{"pattern": "power"}`; None is dense.
         strict: whether a pattern without a kernel for it is an error.
         loaded: the model where it is in memory already.
+        choosing: what keeps units chosen for each input, where the folder has predictors and the model was loaded.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Subject:
     attention: Mapping[str, Any] | None = None
     strict: bool = False
     loaded: Any = field(default=None, repr=False)
+    choosing: Any = field(default=None, repr=False)
 
     @property
     def kind(self) -> Kind:
@@ -80,6 +82,7 @@ class Subject:
 
                 self.loaded = OnnxModel(self.folder, self.device)
             else:
+                from prunekit.modeling.dynamic import dynamic
                 from prunekit.modeling.load import load_model
 
                 model = load_model(self.folder, self.dtype, self.device, self.trust_remote_code)
@@ -87,12 +90,14 @@ class Subject:
                     from prunekit.runtime import attach
 
                     attach(model, self.attention, strict=self.strict)
-                self.loaded = model
+                # What is measured is the model that the folder is for.
+                self.choosing = dynamic(model, self.folder)
+                self.loaded = self.choosing.__enter__()
         return self.loaded
 
     def release(self) -> None:
         """Lets the weights go."""
-        self.loaded = None
+        self.loaded = self.choosing = None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text.

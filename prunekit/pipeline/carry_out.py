@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
 
 
+# Said beside where the result loads.
+DYNAMIC = {
+    "chosen units": "yes: dynamic: shapes unchanged, no parameter saved; `prunekit.modeling.dynamic` computes the "
+    "chosen units of one sequence at a time, every other loader the dense model"
+}
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run did.
@@ -80,7 +87,7 @@ class Result:
         return {
             "output": str(self.output),
             "layout": made.layout.kind,
-            "loads": loads(made.view, made.plan, made.layout),
+            "loads": {**loads(made.view, made.plan, made.layout), **(DYNAMIC if made.predictors else {})},
             "before": dict(self.before),
             **({"cut": dict(self.cut), "heal": dict(self.heal)} if self.heal else {}),
             "after": dict(self.after),
@@ -189,6 +196,12 @@ def _finish(
     talk(f"writing a {made.layout.kind} checkpoint")
     engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced_of(made))
     write_pattern(recipe, made, folder)
+    if made.predictors:
+        from prunekit.modeling.dynamic import write_predictors
+
+        write_predictors(
+            folder, made.predictors, {"method": made.learn["method"], "tokens": made.learn["tokens_first"]}
+        )
     clock.lap("cut")
     talk("measuring before and after")
     tokenizer = tokenizer_for(made.view, recipe) if _needs_tokenizer(recipe) else None
@@ -287,10 +300,13 @@ def made_from(recipe: Recipe, made: Made) -> str:
 def _again(measurer: Measurer, dense: Any, folder: Path) -> dict[str, Any]:
     """What can only be known of the folder as it is."""
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    model = measurer.load(folder)
+    from prunekit.modeling.dynamic import dynamic
+
+    loaded = measurer.load(folder)
     if measurer.recipe.runtime is not None:
-        under_pattern(model)
-    return {"file_bytes": file_bytes, **measurer.measure(model, dense)}
+        under_pattern(loaded)
+    with dynamic(loaded, folder) as model:
+        return {"file_bytes": file_bytes, **measurer.measure(model, dense)}
 
 
 def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:

@@ -64,6 +64,7 @@ class Made:
         repair: what the repair says about itself; empty without one.
         learned: new values of tensors by name, as `learn` leaves them in the cut model.
         learn: what the learning says about itself; empty without one.
+        predictors: tensors of what chooses units for each input; empty where that is not learned.
         latency: the target of a latency budget, what was predicted, and the cost table; empty without one.
     """
 
@@ -78,6 +79,7 @@ class Made:
     repair: Mapping[str, Any] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     learn: Mapping[str, Any] = field(default_factory=dict)
+    predictors: Mapping[str, Tensor] = field(default_factory=dict)
     latency: Mapping[str, Any] = field(default_factory=dict)
     vocab: Mapping[str, Any] = field(default_factory=dict)
 
@@ -128,7 +130,7 @@ def make_plan(
     latency = {} if table is None else _predicted(recipe, view, plan, table)
     made = Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders), latency=latency)
     if learned is not None:
-        made = replace(made, learned=learned.tensors, learn=learned.about)
+        made = replace(made, learned=learned.tensors, learn=learned.about, predictors=learned.predictors)
     return with_vocabulary(recipe, made, talk)
 
 

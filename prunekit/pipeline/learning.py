@@ -114,7 +114,7 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         UsageError: if the model, the device, a text or the repair does not do.
         PlanError: if the budget cannot be met by all that can go, or the result not be of the form asked for.
     """
-    from prunekit.gates._learn import check
+    from prunekit.gates._learn import check, is_dynamic
     from prunekit.pipeline.healing import check_training
 
     asked = recipe.learn
@@ -128,8 +128,36 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
             why="it would fit the dense model's matrices in the place of those that `learn` trained",
             hint="use `variant: faster`, or leave `repair` out",
         )
-    if not recipe.steps:
+    if is_dynamic(asked):
+        _check_dynamic(view, recipe)
+    elif not recipe.steps:
         _rehearse(recipe, view)
+
+
+def _check_dynamic(view: ModelView, recipe: Recipe) -> None:
+    """Fails where units are to be chosen for each input and something else asks for another model.
+
+    Raises:
+        UsageError: for what does not go together.
+        PlanError: if the budget cannot be met.
+    """
+    from prunekit.core.registry import GATES
+    from prunekit.gates._learn import check_dynamic
+
+    asked = recipe.learn
+    others = [name for name in ("repair", "heal", "vocab") if getattr(recipe, name) is not None]
+    others += ["export.formats: " + name for name in recipe.export.formats if name != "safetensors"]
+    if asked is None or others:
+        name = asked.method if asked is not None else ""
+        raise UsageError(
+            f"`learn.method: {name}` does not go with {', '.join(f'`{other}`' for other in others)}",
+            why="it chooses units for each input, of a model that stays as it is",
+            hint="take them out; cut and heal first, then learn to choose in the folder written",
+        )
+    check_dynamic(asked)
+    task = task_of(recipe, view, view)
+    task.check()
+    GATES.get(asked.method)(**asked.knobs).gates(task)
 
 
 def _rehearse(recipe: Recipe, view: ModelView) -> None:
@@ -160,6 +188,15 @@ def notes_of(about: Mapping[str, Any]) -> list[str]:
         return []
     from prunekit.pipeline.healing import texts_of
 
+    if about.get("dynamic"):
+        first = f" after the first {about['tokens_first']} tokens of a sequence" if about["tokens_first"] else ""
+        return [
+            f"Dynamic: shapes unchanged, no parameter saved. Predictors by {about['method']} choose "
+            f"{', '.join(about['remove'])} for each input{first}: {about['steps_done']} steps, {about['tokens']:,} "
+            f"tokens; data: {texts_of(about)}. {about['removed']:.1%} of the blocks' {about['budget']['of']} are not "
+            f"computed for one sequence; {about['foretold']:.1%} of the units were foretold right. Figures after are "
+            "measured with the chosen units alone."
+        ]
     moved = "" if not about["threshold"] else f" Threshold of log alpha moved to {about['threshold']:.3g}."
     return [
         f"Masks by {about['method']} over {', '.join(about['remove'])}: {about['steps_done']} steps, "

@@ -31,7 +31,17 @@ def cut_config(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
         # The pattern was chosen for the model before the cut, and goes along.
         attention = {key: value for key, value in runtime["attention"].items() if key != "made_for"}
         config = config | {"prunekit": config["prunekit"] | {"runtime": runtime | {"attention": attention}}}
-    return config
+    return without_predictors(config)
+
+
+def without_predictors(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that names no predictors of chosen units: those of another model would foretell nothing."""
+    section = config.get("prunekit") or {}
+    if "dynamic" not in section:
+        return config
+    others = {key: value for key, value in section.items() if key != "dynamic"}
+    return {**{key: value for key, value in config.items() if key != "prunekit"},
+            **({"prunekit": others} if others else {})}  # fmt: skip
 
 
 def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:

@@ -117,6 +117,31 @@ def test_hidden_channels_go_by_magnitude_and_load_in_fresh_processes(small: Smal
     assert load_model(tmp_path / "o").config.hidden_size == 24
 
 
+def test_units_chosen_for_each_input_lie_beside_the_dense_model(small: Small, tmp_path: Path, unverified: None) -> None:
+    learn = {**LEARN, "method": "fire_together", "remove": ["neurons"], "tokens": 4}
+    asked = recipe(small("llama"), learn=learn, evaluate={"perplexity": {"sequences": 2, "length_tokens": 16}})
+    result = pipeline.run(asked, tmp_path / "o")
+    dense = ModelView.open(small("llama")).checkpoint
+    ours = ModelView.open(tmp_path / "o").checkpoint
+    assert all(torch.equal(ours.read(name), dense.read(name)) for name in dense.tensors)
+    assert result.made.layout.kind == "stock"
+    # Measured with the chosen units, as `prunekit evaluate` does.
+    assert result.after["perplexity"] != result.before["perplexity"]
+    assert 0 < result.made.learn["removed"] < 0.75
+    manifest = json.loads((tmp_path / "o" / "prunekit.json").read_text())
+    assert manifest["loads"]["chosen units"].startswith("yes: dynamic: shapes unchanged, no parameter saved")
+    assert manifest["loads"]["transformers"].startswith("yes")
+    assert "Dynamic: shapes unchanged, no parameter saved" in (tmp_path / "o" / "README.md").read_text()
+    assert load_recipe(tmp_path / "o" / "recipe.yaml").effective() == asked.effective()
+
+
+def test_what_would_change_the_model_does_not_go_with_chosen_units(small: Small, tmp_path: Path) -> None:
+    learn = {**LEARN, "method": "fire_together", "remove": ["neurons"], "tokens": 4}
+    with pytest.raises(UsageError, match="does not go with `repair`, `heal`"):
+        pipeline.run(recipe(small("llama"), learn=learn, heal=HEAL, repair=REPAIR), tmp_path / "o")
+    assert not list(tmp_path.iterdir())
+
+
 def test_hidden_states_of_two_widths_are_not_compared(small: Small, tmp_path: Path) -> None:
     step = {"remove": "hidden", "by": {"score": "magnitude"}, "budget": {"remove": 0.25, "multiple_of": 4}}
     for section in (
