@@ -111,9 +111,10 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         view: the model before any cut.
         recipe: the recipe.
     Raises:
-        UsageError: if the model, the device, a text or the repair does not do.
+        UsageError: if the model, the device, a text, a knob or the repair does not do.
         PlanError: if the budget cannot be met by all that can go, or the result not be of the form asked for.
     """
+    from prunekit.core.registry import GATES
     from prunekit.gates._learn import check
     from prunekit.pipeline.healing import check_training
 
@@ -122,11 +123,11 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         return
     check_training(view, recipe, asked)
     check(asked, reads(view) == "text")
-    if recipe.repair is not None and asked.knobs.get("variant") in ("full", "fast"):
+    if recipe.repair is not None and GATES.get(asked.method)(**asked.knobs).trains_weights:
         raise UsageError(
             "`repair` does not go with trained weights",
             why="it would fit the dense model's matrices in the place of those that `learn` trained",
-            hint="use `variant: faster`, or leave `repair` out",
+            hint="leave `repair` out, or learn masks alone: `method: vib`, `variant: faster`",
         )
     if not recipe.steps:
         _rehearse(recipe, view)
@@ -137,9 +138,11 @@ def _rehearse(recipe: Recipe, view: ModelView) -> None:
 
     Raises:
         PlanError: if that is not possible.
+        UsageError: if a knob does not fit the model.
     """
     import torch
 
+    from prunekit.core.registry import GATES
     from prunekit.gates._fold import plan_of
 
     task = task_of(recipe, view, view)
@@ -147,6 +150,7 @@ def _rehearse(recipe: Recipe, view: ModelView) -> None:
     plan = plan_of(task, task.chooser.choose(noise).keep)
     require_met(recipe, view, plan)
     choose_layout(view, plan, recipe.export.layout)
+    GATES.get(task.asked.method)(**task.asked.knobs).gates(task)
 
 
 def work_folder(output: Path) -> Path:
@@ -160,7 +164,7 @@ def notes_of(about: Mapping[str, Any]) -> list[str]:
         return []
     from prunekit.pipeline.healing import texts_of
 
-    moved = "" if not about["threshold"] else f" Threshold of log alpha moved to {about['threshold']:.3g}."
+    moved = "" if not about["threshold"] else f" Threshold moved to {about['threshold']:.3g}."
     return [
         f"Masks by {about['method']} over {', '.join(about['remove'])}: {about['steps_done']} steps, "
         f"{about['tokens']:,} tokens; data: {texts_of(about)}. Removed {about['removed']:.1%} of the blocks' "

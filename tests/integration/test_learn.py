@@ -93,6 +93,26 @@ def test_repair_of_trained_weights_is_refused(small: Small, tmp_path: Path) -> N
         pipeline.run(asked, tmp_path / "o")
 
 
+def test_encoder_loses_heads_by_usage_and_loads_in_fresh_processes(small: Small, tmp_path: Path) -> None:
+    asked = {**LEARN, "method": "shrp", "remove": ["kv_groups"], "budget": {"remove": 0.2}}
+    result = pipeline.run(recipe(small("bert"), learn=asked), tmp_path / "o")
+    assert result.verified.ok
+    assert removed(result.made) >= 0.2 * 0.995
+    told = json.loads((tmp_path / "o" / "prunekit.json").read_text())["learn"]
+    assert {len(heads) for heads in told["usage"].values()} == {4}
+    assert "Masks by shrp over kv_groups: 4 steps" in (tmp_path / "o" / "README.md").read_text()
+
+
+def test_heads_of_a_decoder_are_not_routed(small: Small, tmp_path: Path) -> None:
+    asked = {**LEARN, "method": "shrp", "remove": ["kv_groups"]}
+    with pytest.raises(UsageError, match="shrp` needs a text encoder"):
+        pipeline.run(recipe(small("llama"), learn=asked), tmp_path / "o")
+    bias = {**REPAIR, "method": "mean_bias"}
+    with pytest.raises(UsageError, match="does not go with trained weights"):
+        pipeline.run(recipe(small("bert"), learn=asked, repair=bias), tmp_path / "o")
+    assert not list(tmp_path.iterdir())
+
+
 def test_budget_out_of_reach_fails_before_training(small: Small, tmp_path: Path) -> None:
     asked = recipe(small("llama"), learn={**LEARN, "remove": ["kv_groups"], "budget": {"remove": 0.9}})
     with pytest.raises(PlanError, match="budget of `learn` cannot be met"):
