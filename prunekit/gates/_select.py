@@ -42,7 +42,7 @@ class Chosen:
 
 
 class Chooser:
-    """Chooses so that a budget is met.
+    """Chooses so that a budget is met; `safe` are the units that it protects, bool [units of all places].
 
     Args:
         places: all units.
@@ -55,7 +55,7 @@ class Chooser:
         self._places, self._costs, self._budget, self._goal = places, costs, budget, goal
         units = [unit for place in places for unit in place.units]
         safe = protected(budget.protect, units)
-        self._safe = torch.tensor([unit in safe for unit in units])
+        self.safe = torch.tensor([unit in safe for unit in units])
 
     def choose(self, doubt: Tensor) -> Chosen:
         """What stays, by how much speaks against each unit: those above a threshold go.
@@ -66,7 +66,7 @@ class Chooser:
         Raises:
             PlanError: if the budget cannot be met, whatever goes.
         """
-        given = doubt.detach().cpu().double().masked_fill(self._safe, -math.inf)
+        given = doubt.detach().cpu().double().masked_fill(self.safe, -math.inf)
         orders = [given[place.slice].argsort(stable=True) for place in self._places]
         values = [given[place.slice][order].tolist() for place, order in zip(self._places, orders, strict=True)]
         counts = self._counts(values, 0.0)

@@ -28,8 +28,8 @@ class Routers(nn.Module):
     """One linear router a block, from the mean of what enters it over a sequence's tokens to a head each.
 
     In training each sequence passes the `top` heads of highest probability: their factor is 1, with the gradient of
-    the probabilities (straight through); that of the others falls from 1 to 0 with `fade`. In evaluation the heads
-    stay that the budget leaves by usage, with factor 1 for all sequences.
+    the probabilities (straight through); that of the others falls from 1 to 0 with `fade`, and protected ones keep 1.
+    In evaluation the heads stay that the budget leaves by usage, with factor 1 for all sequences.
 
     Args:
         places: heads of all blocks, one after the other.
@@ -120,6 +120,8 @@ class Routers(nn.Module):
 
         model.register_forward_pre_hook(masked, with_kwargs=True)
         for place in self._places:
+            if self._chooser.safe[place.slice].all():
+                continue
             _, number, kind = place.address.split(".")
             block = blocks_of(model)[int(number)]
             block.register_forward_pre_hook(partial(self._route, place), with_kwargs=True)
@@ -155,7 +157,8 @@ class Routers(nn.Module):
             self.chance[place.slice] += probabilities.sum(0)
         self._balance.append(len(place.units) / self.top * (taken.mean(0) * probabilities.mean(0)).sum())
         straight = taken + probabilities - probabilities.detach()
-        self._routes[place.begin] = 1 - self.fade + self.fade * straight
+        faded = 1 - self.fade + self.fade * straight
+        self._routes[place.begin] = faded.masked_fill(self._chooser.safe[place.slice].to(faded.device), 1.0)
 
 
 class _Shared(nn.Module):

@@ -55,15 +55,17 @@ class Shrp:
     )
     evidence: ClassVar[str] = (
         "inferred: the paper's text could not be had. Its abstract says that heads are experts, that a lightweight FFN "
-        "shared by all of them (expander) refines their outputs, that training balances load first and specialises "
-        "then, and that one Top-1 usage drives routing and pruning to a static model. All formulas here are our reading"
+        "shared by all of them (expander) refines their outputs, and that one Top-1 usage drives routing in training "
+        "and pruning to a static model; an earlier abstract of the authors, that training balances load first and "
+        "specialises then. All formulas here are our reading; what it is worth is measured in docs/results/encoders.md"
     )
     deviations: ClassVar[str] = (
-        "unknown where the paper's text is unknown. By our choice: a router a block and sequence; straight-through "
+        "unknown where the paper's text is. By our choice: a router a block, once a sequence; straight-through "
         "gradients; heads fade in the first stage; more than one head stays where the budget leaves more; the budget "
         "decides how many heads go over all blocks; the block's own FFN is the expander, with its residual sum and "
-        "norms; the task is the dense model's hidden states, not a labelled one. The paper's figures (BERT-base: 48 % "
-        "fewer parameters at 93 % of the accuracy) are not reproduced"
+        "norms, and by default heads keep their parts of the output matrix; the task is the dense model's hidden "
+        "states, not a labelled one. The paper's figures (BERT-base on GLUE: 48 % fewer parameters at 93 % of the "
+        "accuracy) are not reproduced"
     )
     status: ClassVar[str] = "preview"
     example: ClassVar[dict[str, Any]] = {"top": 1}

@@ -87,6 +87,19 @@ def test_heads_that_are_not_taken_fade(view: ModelView) -> None:
         torch.testing.assert_close(factors.amax(-1), torch.ones(5, 1))
 
 
+def test_protected_heads_are_always_there(bert: Bench, view: ModelView) -> None:
+    gates = routers(view, {"remove": 0.15, "protect": ["blocks.1.*", "blocks.2.attention.kv_groups.3"]}, top=1)
+    place = gates._places[2]
+    gates.fade = 1.0
+    gates._route(place, None, (torch.randn(5, 7, view.hidden),), {})
+    assert gates.factors(place, torch.zeros(1))[..., 3].tolist() == [[1.0]] * 5
+    gates.forget()
+    model = load_model(bert.dense)
+    gates.attach(model, view)
+    model.train()(input_ids=ids())
+    assert gates.usage.view(BLOCKS, HEADS).sum(1).tolist() == [6.0, 0.0, 6.0, 6.0]
+
+
 def test_router_learns_which_head_would_help(view: ModelView) -> None:
     gates = routers(view, top=1)
     gates.fade = 1.0
