@@ -15,6 +15,7 @@ from prunekit.core.errors import PlanError, UsageError
 from prunekit.core.recipe import load_recipe, parse_recipe
 from prunekit.export.verify import VerifyReport
 from prunekit.modeling.load import load_model
+from prunekit.pipeline.repair import repair_inputs
 from prunekit.structure.view import ModelView
 
 Small = Callable[[str], Path]
@@ -85,6 +86,11 @@ def test_repair_takes_the_place_of_factors(small: Small, tmp_path: Path, unverif
     name = view.output(view.sublayer("blocks.3.ffn")).name
     expected = result.made.repaired["blocks.3.ffn"].weight
     torch.testing.assert_close(view.checkpoint.read(name), expected, rtol=0, atol=0)
+
+
+def test_repair_knows_what_is_learned(small: Small) -> None:
+    asked = recipe(small("bert"), learn=LEARN, repair={**REPAIR, "method": "mean_bias"})
+    assert len(repair_inputs(asked, ModelView.open(small("bert")))["input_ids"]) == 4
 
 
 def test_repair_of_trained_weights_is_refused(small: Small, tmp_path: Path) -> None:
