@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.ranks import place
+from prunekit.core.registry import GATES
 from prunekit.heal.scene import Scene
 from prunekit.modeling.load import load_model
 from prunekit.pipeline.inputs import chooser, device_of, reads, tokenizer_for
@@ -114,7 +115,6 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         UsageError: if the model, the device, a text, a knob or the repair does not do.
         PlanError: if the budget cannot be met by all that can go, or the result not be of the form asked for.
     """
-    from prunekit.core.registry import GATES
     from prunekit.gates._learn import check
     from prunekit.pipeline.healing import check_training
 
@@ -142,7 +142,6 @@ def _rehearse(recipe: Recipe, view: ModelView) -> None:
     """
     import torch
 
-    from prunekit.core.registry import GATES
     from prunekit.gates._fold import plan_of
 
     task = task_of(recipe, view, view)
