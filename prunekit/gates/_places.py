@@ -129,7 +129,7 @@ def attach(model: Any, view: ModelView, place: Place, factors: Factors, kept: Ca
 
 
 def attach_width(model: Any, view: ModelView, place: Place, factors: Factors) -> None:
-    """As `attach` for units of a width: multiplies what enters the output projection; channels of a unit share its factor."""
+    """As `attach` for units of a width: what enters the output projection is multiplied, a unit's channels alike."""
     _, number, kind = place.address.split(".")
     layer = output_projection(blocks_of(model)[int(number)], kind)
     sublayer = view.sublayer(place.address)
