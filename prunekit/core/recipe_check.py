@@ -12,7 +12,7 @@ from prunekit.core.pattern_options import runtime_problems
 from prunekit.core.recipe_evaluate import EXPECTATIONS
 from prunekit.core.recipe_fields import knob_problems
 from prunekit.core.recipe_heal import Heal, Training
-from prunekit.core.recipe_learn import Learn
+from prunekit.core.recipe_learn import Gated, Learn
 from prunekit.core.recipe_model import ALTERNATING, REGISTRIES, WIDTH_KINDS, Kind, Repair
 from prunekit.core.recipe_problems import Problem, near
 from prunekit.core.registry import ATTENTIONS, GATES, HEALS, METRICS, REPAIRS, Registry
@@ -249,6 +249,12 @@ def _learn(data: Mapping[str, Any]) -> Iterator[Problem]:
     if "sublayers" in kinds and {"attention", "ffn"} & set(kinds):
         hint = "keep `sublayers`, or the kinds that can go"
         yield Problem("`sublayers` takes attention and FFN already", ("learn", "remove"), hint=hint)
+    name = _inside(data, "learn", "method")
+    known = GATES.get(name).kinds if isinstance(name, str) and name in GATES.names() else get_args(Gated)
+    for kind in sorted({kind for kind in kinds if kind in get_args(Gated) and kind not in known}):
+        others = [other for other in GATES.names() if kind in GATES.get(other).kinds]
+        why, hint = f"it learns {', '.join(known)}", f"for {kind}: {', '.join(f'`{other}`' for other in others)}"
+        yield Problem(f"`{name}` does not learn {kind}", ("learn", "remove", kinds.index(kind)), why=why, hint=hint)
 
 
 def _training(data: Mapping[str, Any], model: type[Training]) -> Iterator[Problem]:

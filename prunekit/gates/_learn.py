@@ -189,11 +189,12 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
     method = GATES.get(asked.method)(**asked.knobs)
     n_train = max(asked.batch, math.ceil(method.share * len(data.train) / asked.batch) * asked.batch)
     data = replace(data, train=data.train[:n_train])
-    weights = list(model.parameters())
-    for parameter in weights:
+    for parameter in model.parameters():
         parameter.requires_grad_(method.trains_weights)
     gates = method.gates(task).to(model.device)
     gates.attach(model, task.view)
+    of_gates = {id(parameter) for parameter in gates.parameters()}
+    weights = [parameter for parameter in model.parameters() if id(parameter) not in of_gates]
     course, own = method.course(gates, task, weights)
     dynamic = is_dynamic(asked)
     objective = gates if dynamic else _Both(method.objective(scene, data.inputs), gates, own)
@@ -212,8 +213,9 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
     model.eval()
     if dynamic:
         return _foretelling(gates, model, data, asked, {**settings, "minutes": minutes, **told})
+    gates.settle()
     chosen = gates.chosen
-    rule = float(task.costs.left((gates.log_alpha() < 0).cpu().double()))
+    rule = float(task.costs.left((gates.doubt() < 0).cpu().double()))
     length = next(iter(data.inputs.values())).shape[1]
     plan = plan_of(task, chosen.keep)
     tensors = folded(model, names, task, gates.fixed().cpu(), plan, checkpoint, method.trains_weights)
@@ -229,5 +231,6 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
         "removed": chosen.removed / task.whole,
         "removed_by_rule": (task.costs.before - rule) / task.whole,
         "changed_tensors": len(tensors),
+        **gates.told(),
     }
     return Learned(plan, tensors, about)

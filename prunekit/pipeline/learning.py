@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.ranks import place
+from prunekit.core.registry import GATES
 from prunekit.heal.scene import Scene
 from prunekit.modeling.load import load_model
 from prunekit.pipeline.inputs import chooser, device_of, reads, tokenizer_for
@@ -111,7 +112,7 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         view: the model before any cut.
         recipe: the recipe.
     Raises:
-        UsageError: if the model, the device, a text or the repair does not do.
+        UsageError: if the model, the device, a text, a knob or the repair does not do.
         PlanError: if the budget cannot be met by all that can go, or the result not be of the form asked for.
     """
     from prunekit.gates._learn import check, is_dynamic
@@ -122,11 +123,11 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         return
     check_training(view, recipe, asked)
     check(asked, reads(view) == "text")
-    if recipe.repair is not None and asked.knobs.get("variant") in ("full", "fast"):
+    if recipe.repair is not None and GATES.get(asked.method)(**asked.knobs).trains_weights:
         raise UsageError(
             "`repair` does not go with trained weights",
             why="it would fit the dense model's matrices in the place of those that `learn` trained",
-            hint="use `variant: faster`, or leave `repair` out",
+            hint="leave `repair` out, or learn masks alone: `method: vib`, `variant: faster`",
         )
     if is_dynamic(asked):
         _check_dynamic(view, recipe)
@@ -165,6 +166,7 @@ def _rehearse(recipe: Recipe, view: ModelView) -> None:
 
     Raises:
         PlanError: if that is not possible.
+        UsageError: if a knob does not fit the model.
     """
     import torch
 
@@ -175,6 +177,7 @@ def _rehearse(recipe: Recipe, view: ModelView) -> None:
     plan = plan_of(task, task.chooser.choose(noise).keep)
     require_met(recipe, view, plan)
     choose_layout(view, plan, recipe.export.layout)
+    GATES.get(task.asked.method)(**task.asked.knobs).gates(task)
 
 
 def work_folder(output: Path) -> Path:
@@ -197,7 +200,7 @@ def notes_of(about: Mapping[str, Any]) -> list[str]:
             f"computed for one sequence; {about['foretold']:.1%} of the units were foretold right. Figures after are "
             "measured with the chosen units alone."
         ]
-    moved = "" if not about["threshold"] else f" Threshold of log alpha moved to {about['threshold']:.3g}."
+    moved = "" if not about["threshold"] else f" Threshold moved to {about['threshold']:.3g}."
     return [
         f"Masks by {about['method']} over {', '.join(about['remove'])}: {about['steps_done']} steps, "
         f"{about['tokens']:,} tokens; data: {texts_of(about)}. Removed {about['removed']:.1%} of the blocks' "

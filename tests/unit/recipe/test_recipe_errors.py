@@ -138,6 +138,8 @@ ONE = {
     "measure of a gate": (GOOD + learn(budget="{remove: 0.2, of: kv_bytes}"), 7, "learn.budget.of", "`of: kv_bytes`",
                           "flops"),
     "knob of a gate": (GOOD + learn(more=", gate_lt: 1"), 7, "learn.gate_lt", "unknown key `gate_lt`", "`gate_lr`"),
+    "kind that another gate learns": (GOOD + learn(method="shrp"), 7, "learn.remove.0", "`shrp` does not learn neurons",
+                                      "`vib`"),
     "passes of a gate": (GOOD + learn(more=", batch: 6, accumulate: 4"), 7, "learn.accumulate",
                          "cannot be split into 4", "same number"),
     "empty runtime": (GOOD + "runtime: {}\n", 7, "runtime.attention", "`attention` is missing", ""),
