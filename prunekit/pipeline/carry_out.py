@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -231,10 +232,7 @@ def _finish(
     if ONNX in exports:
         after |= {"onnx_bytes": exports[ONNX]["file_bytes"], "onnx_max_abs_diff": exports[ONNX]["max_abs_diff"]}
     if latency.get("on") == "onnxruntime":
-        from prunekit.evaluate.onnx import OnnxModel
-
-        talk("measuring one pass of the result in ONNX Runtime")
-        latency |= pass_times(latency, OnnxModel(folder / ONNX, onnx_device(device_of(recipe))))
+        latency |= _onnx_times(recipe, made, latency, folder / ONNX, progress, talk)
         clock.lap("latency")
     if latency:
         before["latency_ms"], after["latency_ms"] = latency.get("dense_measured_ms"), latency["measured_ms"]
@@ -277,6 +275,24 @@ def write_exports(
         cut = Cut(made.view, made.plan, made.layout, folder)
         options = Options(recipe.export.gguf_type, None, cut, recipe.export.max_shard_bytes)
         yield name, TARGETS[name].write(folder, folder / name, options, progress).to_json()
+
+
+def _onnx_times(
+    recipe: Recipe, made: Made, latency: Mapping[str, Any], graph: Path, progress: Progress, talk: Talk
+) -> dict[str, float]:
+    """What one pass of the exported result takes, beside the dense model's where that is small enough to export."""
+    from prunekit.evaluate.onnx import OnnxModel
+    from prunekit.export.onnx import export_onnx
+
+    device = onnx_device(device_of(recipe))
+    with tempfile.TemporaryDirectory(prefix="prunekit-dense-") as folder:
+        dense = None
+        if made.before.params <= REFERENCE_PARAMS:
+            talk("exporting the dense model, to be measured beside the result")
+            export_onnx(made.view.checkpoint.folder, Path(folder) / ONNX, progress)
+            dense = OnnxModel(Path(folder) / ONNX, device)
+        talk("measuring one pass in ONNX Runtime")
+        return pass_times(latency, OnnxModel(graph, device), dense)
 
 
 def _measured(measurer: Measurer, made: Made, dense: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

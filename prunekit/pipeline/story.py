@@ -96,9 +96,8 @@ def _latency_notes(latency: Mapping[str, Any]) -> list[str]:
     if not latency:
         return []
     shares = ""
-    if "dense_measured_ms" in latency:
-        predicted = latency["predicted_ms"] / latency["dense_predicted_ms"]
-        measured = latency["measured_ms"] / latency["dense_measured_ms"]
+    if "measured_share" in latency:
+        predicted, measured = latency["predicted_share"], latency["measured_share"]
         shares = f"; of the dense model's time {predicted:.3f} predicted, {measured:.3f} measured"
     what = f"One pass of {latency['batch']} x {latency['tokens']} tokens in {latency['on']}"
     return [
