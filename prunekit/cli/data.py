@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 
 _RULES = ("hard", "easy", "auto")
+# Unreadable images that are named; the manifest names all.
+_LISTED = 10
 Scores = Annotated[Path, typer.Argument(help="Parquet file that `prunekit data score` wrote.", metavar="SCORES")]
 OneMetric = Annotated[str | None, typer.Option("--metric", help="Whose scores, where the file holds several.")]
 Keep = Annotated[float | None, typer.Option(help="Fraction of the examples that stays.")]
@@ -95,6 +97,10 @@ def score(
     with out.progress() as progress:
         manifest = write_scores(request, target, progress)
     if _first_rank():
+        if skipped := manifest["data"]["skipped"]:
+            n = len(skipped) + manifest["data"]["examples"]
+            head = f"left out, since they cannot be read: {len(skipped)} of {n} images"
+            out.talk("\n  ".join([head, *skipped[:_LISTED]]))
         out.result(_score_table(manifest), {**manifest, "output": str(target)})
         out.written(target)
 

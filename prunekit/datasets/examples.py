@@ -85,7 +85,7 @@ class Examples:
         """The labels, or an error before any metric has done its work.
 
         Raises:
-            UsageError: if labels are missing, or all alike.
+            UsageError: if labels are missing, all alike, or all different.
         """
         codes, path = self.source.codes, self.source.opened.path
         hint = "metrics without labels: length, random, ssl_prototypes; with a causal --model: el2n, loss, perplexity"
@@ -97,6 +97,9 @@ class Examples:
         if len(np.unique(codes)) < 2:
             why = f"every label is `{self.source.classes[int(codes[0])]}`"
             raise UsageError(f"`{path}` has a single class", why=why, hint=hint)
+        if self.n > 2 and len(np.unique(codes)) == self.n:
+            why = f"column `{self.source.label_column}` has another value in every row"
+            raise UsageError(f"`{path}` holds no classes", why=why, hint="name the class: --label-column NAME")
         return codes
 
     @property
