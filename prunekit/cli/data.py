@@ -168,7 +168,7 @@ def select(
     from prunekit.core.files import require_free_folder
     from prunekit.datasets import select as work
     from prunekit.datasets.examples import Settings
-    from prunekit.datasets.writers import ENDINGS, format_of
+    from prunekit.datasets.writers import ENDINGS, FOLDERS, format_of
 
     wanted = _rule(keep, examples, tokens, rule, class_floor, seed)
     file = work.open_scores(scores, metric, of)
@@ -176,7 +176,7 @@ def select(
     target = output or Path(f"{Path(facts['path']).name.split('.')[0]}-selected{ENDINGS[facts['format']]}")
     form = format_of(target, facts)
     if not dry_run:
-        require_free_folder(target, overwrite=False) if form in ("hf", "images") else require_free(target, overwrite)
+        require_free_folder(target, overwrite=False) if form in FOLDERS else require_free(target, overwrite)
     out = Output(json=json, quiet=quiet)
     with out.progress() as progress:
         settings = Settings(seed=seed, device=device)

@@ -72,9 +72,14 @@ def write_scores(request: Request, output: Path, progress: Progress = NULL_PROGR
         if needed or request.model is not None:
             model = encoder(request.model, data, request.settings.device, request.max_tokens, progress)
         examples = Examples(data, model, request.settings, ranks, progress)
-        if any("labels" in metric.needs for metric in metrics.values()):
-            examples.require_labels()
-        scores = {name: checked(name, metric.score(examples), examples.n) for name, metric in metrics.items()}
+        for name, metric in metrics.items():
+            if "labels" in metric.needs:
+                examples.asking = f"`{name}`"
+                examples.require_labels()
+        scores = {}
+        for name, metric in metrics.items():
+            examples.asking = f"`{name}`"
+            scores[name] = checked(name, metric.score(examples), examples.n)
         manifest = _manifest(request, examples, metrics, scores)
         if ranks.first:
             _write(output, data, scores, manifest)

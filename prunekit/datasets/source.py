@@ -54,7 +54,7 @@ class Opened:
 
     Args:
         path: as the user gave it.
-        format: `hf`, `parquet`, `jsonl`, `csv`, `images`, `zip` or `text`.
+        format: `hf`, `parquet`, `shards` (a folder of Parquet files), `jsonl`, `csv`, `images`, `zip` or `text`.
         files: every file that the content depends on.
         read: a new pass over the rows, in the same order each time.
         schema: of the batches.

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 ENDINGS = {
     "hf": "",
     "parquet": ".parquet",
+    "shards": "",
     "jsonl": ".jsonl",
     "csv": ".csv",
     "images": "",
     "zip": ".zip",
     "text": ".txt",
 }
+FOLDERS = tuple(name for name, ending in ENDINGS.items() if not ending)
+# Bytes in memory of the rows of a Parquet shard.
+_SHARD = 1 << 29
 
 
 def format_of(output: Path, data: Mapping[str, Any]) -> str:
@@ -52,10 +56,12 @@ def format_of(output: Path, data: Mapping[str, Any]) -> str:
 def write_rows(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], output: Path) -> None:
     """Writes rows to `output`, which appears whole or not at all; memory holds one batch."""
     form = format_of(output, data)
-    if form in ("hf", "images"):
+    if form in FOLDERS:
         with atomic_folder(output) as folder:
             if form == "hf":
                 _saved(rows, schema, data, folder)
+            elif form == "shards":
+                _shards(rows, schema, data, folder)
             else:
                 for name, content in _files(rows, data["column"]):
                     target = folder / name
@@ -94,15 +100,42 @@ def _parquet(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], part: Path)
             writer.write_table(table.cast(own))
 
 
+def _shards(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], folder: Path) -> None:
+    """Files of about half a gibibyte in memory each."""
+    import pyarrow.parquet as parquet
+
+    own, first = _own(schema, data), next(rows, None)
+    number = 0
+    while first is not None:
+        held, table = 0, first
+        first = None
+        with parquet.ParquetWriter(folder / f"{number:05}.parquet", own) as writer:
+            while table is not None:
+                writer.write_table(table.cast(own))
+                held += table.nbytes
+                table = next(rows, None)
+                if held >= _SHARD:
+                    first = table
+                    break
+        number += 1
+
+
 def _saved(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], folder: Path) -> None:
     try:
         from datasets import Dataset
+        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     except ImportError as error:
         raise UsageError("writing a folder needs the package datasets", hint="pip install datasets") from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         part = Path(aside) / "rows.parquet"
         _parquet(rows, schema, data, part)
-        Dataset.from_parquet(str(part), cache_dir=aside).save_to_disk(str(folder))
+        silent = are_progress_bars_disabled()
+        disable_progress_bars()
+        try:
+            Dataset.from_parquet(str(part), cache_dir=aside).save_to_disk(str(folder))
+        finally:
+            if not silent:
+                enable_progress_bars()
 
 
 def _jsonl(rows: Rows, part: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from prunekit.core.errors import UsageError
+from prunekit.datasets import writers
 from prunekit.datasets.examples import Settings
 from prunekit.datasets.report import ClassRow, class_rows, histogram, html_report
 from prunekit.datasets.rules import Rule
@@ -70,6 +71,29 @@ def test_selection_comes_in_the_format_asked_for(form: str, jsonl: Path, tmp_pat
     assert kept.opened.format == form
     assert "score_random" not in kept.opened.schema.names
     assert json.loads((tmp_path / f"{output.name}.json").read_text())["indices"] == expected
+
+
+def test_shards_are_selected_from_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "_SHARD", 100)
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        parquet.write_table(
+            pa.Table.from_pylist(ROWS[4 * number : 4 * number + 4]), tmp_path / f"data/{number}.parquet"
+        )
+    file = open_scores(scored(tmp_path / "data", tmp_path, "length"))
+    write_selected(file, select(file, Rule(keep=1.0)), KEEP, tmp_path / "out")
+    kept = open_source(tmp_path / "out")
+    assert kept.opened.format == "shards"
+    assert [text for _, block in kept.blocks(5) for text in block] == [row["text"] for row in ROWS]
+    assert len(kept.opened.files) >= 1
+
+
+def test_a_folder_is_written_without_a_word(jsonl: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasets")
+    file = open_scores(scored(jsonl, tmp_path))
+    capfd.readouterr()
+    write_selected(file, select(file, KEEP), KEEP, tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["out", "out.zip"])
