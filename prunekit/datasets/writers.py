@@ -83,6 +83,20 @@ def write_rows(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], output: P
         part.unlink(missing_ok=True)
 
 
+def gathered(tables: Iterator[pa.Table], rows: int = 1024) -> Rows:
+    """Tables joined to at least `rows` rows or 64 MiB: as row groups, small ones cost memory and read slowly."""
+    import pyarrow as pa
+
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(part.num_rows for part in held) >= rows or sum(part.nbytes for part in held) >= 1 << 26:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
 def _own(schema: pa.Schema, data: Mapping[str, Any]) -> pa.Schema:
     """Schema of the data set's own columns, without the scores' manifest."""
     import pyarrow as pa
@@ -96,7 +110,7 @@ def _parquet(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], part: Path)
 
     own = _own(schema, data)
     with parquet.ParquetWriter(part, own) as writer:
-        for table in rows:
+        for table in gathered(rows):
             writer.write_table(table.cast(own))
 
 
@@ -104,6 +118,7 @@ def _shards(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], folder: Path
     """Files of about half a gibibyte in memory each."""
     import pyarrow.parquet as parquet
 
+    rows = gathered(rows)
     own, first = _own(schema, data), next(rows, None)
     number = 0
     while first is not None:

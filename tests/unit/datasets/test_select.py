@@ -73,19 +73,28 @@ def test_selection_comes_in_the_format_asked_for(form: str, jsonl: Path, tmp_pat
     assert json.loads((tmp_path / f"{output.name}.json").read_text())["indices"] == expected
 
 
+def test_selected_rows_are_gathered_into_few_row_groups(tmp_path: Path) -> None:
+    rows = [{"text": f"film {i}"} for i in range(3000)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    file = open_scores(scored(tmp_path / "d.parquet", tmp_path))
+    write_selected(file, select(file, KEEP), KEEP, tmp_path / "out.parquet")
+    found = parquet.ParquetFile(tmp_path / "out.parquet").metadata
+    assert (found.num_rows, found.num_row_groups) == (1500, 2)
+
+
 def test_shards_are_selected_from_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "_SHARD", 100)
+    rows = [{"text": f"film {i}", "label": i % 2} for i in range(3000)]
     (tmp_path / "data").mkdir()
     for number in range(3):
-        parquet.write_table(
-            pa.Table.from_pylist(ROWS[4 * number : 4 * number + 4]), tmp_path / f"data/{number}.parquet"
-        )
+        part = pa.Table.from_pylist(rows[1000 * number : 1000 * number + 1000])
+        parquet.write_table(part, tmp_path / f"data/{number}.parquet")
     file = open_scores(scored(tmp_path / "data", tmp_path, "length"))
     write_selected(file, select(file, Rule(keep=1.0)), KEEP, tmp_path / "out")
     kept = open_source(tmp_path / "out")
     assert kept.opened.format == "shards"
-    assert [text for _, block in kept.blocks(5) for text in block] == [row["text"] for row in ROWS]
-    assert len(kept.opened.files) >= 1
+    assert [text for _, block in kept.blocks(500) for text in block] == [row["text"] for row in rows]
+    assert len(kept.opened.files) == 3
 
 
 def test_a_folder_is_written_without_a_word(jsonl: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
