@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,6 @@ def html_report(
              [shown[index] for index in hardest]),
             ("easiest", "Easiest", "The lowest scores.", [shown[index] for index in easiest]),
         ],
-        version=version("prunekit"),
     )  # fmt: skip
     return page, chosen
 
