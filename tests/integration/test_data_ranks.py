@@ -65,7 +65,7 @@ def test_killed_run_leaves_no_scores_and_goes_on_where_it_was(tmp_path: Path, mo
         "--metric",
         "memorization",
         "--set",
-        "models=30",
+        "models=12",
         "--model",
         model,
         "-q",
