@@ -113,7 +113,7 @@ def make_plan(
     with joined() as ranks:
         for number, step in enumerate(recipe.steps, 1):
             talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
-            with Bench(recipe, view, plan, progress, table, ranks) as bench:
+            with Bench(recipe, view, plan, progress, table, ranks, talk) as bench:
                 cuts, found = _choose(obedient(recipe, step, view, plan), bench)
             plan = plan.then(view, cuts)
             orders.append(found)
@@ -122,7 +122,7 @@ def make_plan(
     learned = None
     if recipe.learn is not None:
         talk(f"learning masks by {recipe.learn.method}")
-        with Bench(recipe, view, plan, progress) as bench:
+        with Bench(recipe, view, plan, progress, talk=talk) as bench:
             learned = learned_after(recipe, view, bench.view, plan, bench.folder, work, progress, talk)
         plan = plan.then(view, learned.plan)
     require_met(recipe, view, plan)
@@ -158,6 +158,7 @@ class Bench:
         progress: bars.
         table: what latency budgets are reckoned by; None without one.
         ranks: processes that choose together.
+        talk: told in a line what happens now.
     """
 
     def __init__(
@@ -168,9 +169,10 @@ class Bench:
         progress: Progress,
         table: CostTable | None = None,
         ranks: Ranks = ALONE,
+        talk: Talk = silent,
     ) -> None:
         self.recipe, self.source, self.plan, self.progress = recipe, source, plan, progress
-        self.table, self.ranks = table, ranks
+        self.table, self.ranks, self.talk = table, ranks, talk
         self.view = after(source, plan)
         self._open = ExitStack()
 
@@ -186,7 +188,7 @@ class Bench:
         calibrate, tokenizer = self.recipe.calibrate, tokenizer_for(self.source, self.recipe)
         select = calibrate.select
         if select is not None:
-            return self.ranks.of_first(lambda: selected_batch(self.source, tokenizer, self.recipe, select))
+            return self.ranks.of_first(lambda: selected_batch(self.source, tokenizer, self.recipe, select, self.talk))
         return model_batch(self.source, tokenizer, calibrate, calibrate.seed)
 
     @cached_property

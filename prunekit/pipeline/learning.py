@@ -76,7 +76,7 @@ def learned_after(
             decoder=reads(source) == "text",
             device=device,
             trust_remote_code=trusted,
-            choose=chooser(asked.select, load_teacher, asked.seed, talk),
+            choose=None if asked.select is None else chooser(asked.select, load_teacher, asked.seed, talk),
             made_from=json.dumps(plan.to_json(), sort_keys=True),
             progress=progress,
             talk=talk,
