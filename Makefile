@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-browser check fix docs docs-site bench clean
+.PHONY: test-gpu help setup demo test test-all test-browser check fix docs docs-site bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +43,9 @@ test: $(READY) ## the tests, without the slow ones
 
 test-all: $(READY) ## the tests with the slow ones, and those for a GPU where there is one
 	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not network"
+
+test-gpu: $(READY) ## the kernels on a CUDA device against float64
+	$(PYTEST) -m gpu tests/kernels
 
 test-browser: $(READY) ## the HTML report in a headless Chromium (Debian: apt-get install chromium)
 	$(PIP) install -e '.[browser]'

@@ -73,7 +73,12 @@ def figure(mine: dict[tuple[str, str, float], list[float]], title: str, target: 
 
     metrics = [metric for metric in METRICS if (metric, "hard", KEEPS[0]) in mine]
     drawn, axes = pyplot.subplots(
-        -(-len(metrics) // 5), 5, figsize=(15, 2.9 * -(-len(metrics) // 5)), sharex=True, sharey=True
+        -(-len(metrics) // 5),
+        5,
+        figsize=(15, 2.9 * -(-len(metrics) // 5)),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
@@ -85,12 +90,12 @@ def figure(mine: dict[tuple[str, str, float], list[float]], title: str, target: 
             x = [100 * keep for keep in KEEPS]
             axis.errorbar(x, mean, error, color=colour, marker="o", markersize=3, capsize=3, label=rule or name)
         axis.set_title(metric, fontsize=10)
+        axis.tick_params(labelbottom=True)
     axes.flat[0].invert_xaxis()
     axes.flat[0].legend(fontsize=8)
     drawn.suptitle(title)
     drawn.supxlabel("kept (%)")
     drawn.supylabel("accuracy on dev (%)")
-    drawn.tight_layout()
     drawn.savefig(target, dpi=70)
 
 

@@ -4,13 +4,17 @@
     python benchmarks/evaluation.py overhead --out benchmarks/results/evaluation.jsonl
     python benchmarks/evaluation.py repeatability --out benchmarks/results/evaluation.jsonl   # on a quiet machine
     python benchmarks/evaluation.py prediction --out benchmarks/results/evaluation.jsonl      # on a quiet machine
+    python benchmarks/evaluation.py quiet --out benchmarks/results/evaluation.jsonl           # all but agreement, short
 
 agreement: perplexity by windows that each see one token before those they score, as the harness rolls over a text, and
 multiple choice and last words, on the same rows; seconds of both sides, theirs with what the harness sets up.
 overhead: seconds outside the model's own forward passes, as a share of the task; processor time beside wall time, since
 other work does not lengthen it.
 repeatability: the median of a latency task, in as many fresh processes as --rounds says.
-prediction: one pass of cut models beside what a cost table says, the dense model taking turns with each.
+prediction: one pass of cut models beside what a cost table says, the dense model taking turns with each: as a share of
+its time, which holds whatever the machine does beside, and in milliseconds.
+quiet: overhead, repeatability, and prediction for both models in torch and ONNX Runtime, at sizes that take minutes.
+Each line of it also runs by itself: `quiet --dry-run` prints them.
 """
 
 from __future__ import annotations
@@ -235,7 +239,12 @@ def prediction(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from prunekit.structure.view import ModelView, SubLayer
     from prunekit.surgery import engine
 
+    shortened = tempfile.TemporaryDirectory()
     view = ModelView.open(resolve(arguments.model).folder)
+    if arguments.blocks is not None:
+        fewer = Plan.make(view, [s.address for s in view.sublayers if s.block >= arguments.blocks])
+        engine.apply(view, fewer, Path(shortened.name), layout=choose_layout(view, fewer))
+        view = ModelView.open(Path(shortened.name))
     asked = Pass(arguments.on, tokens=arguments.length, device=arguments.device, repeats=arguments.repeats)
     table = cached_costs(view, asked, fresh=True)
 
@@ -259,30 +268,47 @@ def prediction(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     table_axis = {"attention": "kv", "ffn": "ffn"}
     every = [s.address for s in view.sublayers]
     plans: dict[str, Plan] = {
-        "every fourth attention": Plan.make(view, [a for a in every if a.endswith("attention")][1::4]),
-        "every fourth FFN": Plan.make(view, [a for a in every if a.endswith("ffn")][1::4]),
         "every third sub-layer": Plan.make(view, every[2::3]),
         "FFNs at 0.7 of their width": narrowed("ffn", "neurons", 0.7),
         "a third of the KV groups gone": narrowed("attention", "kv_groups", 2 / 3),
+        "every fourth attention": Plan.make(view, [a for a in every if a.endswith("attention")][1::4]),
+        "every fourth FFN": Plan.make(view, [a for a in every if a.endswith("ffn")][1::4]),
     }
     dense = opened(view.checkpoint.folder)
-    for name, plan in plans.items():
-        with tempfile.TemporaryDirectory() as place:
-            engine.apply(view, plan, Path(place), layout=choose_layout(view, plan))
-            cut = opened(Path(place))
-        predicted = table.predict(view, plan)
-        given = {"batch": asked.batch, "tokens": asked.tokens, "predicted_ms": predicted}
-        times = pass_times(given, cut, dense, arguments.repeats)
-        yield {
-            "what": name,
-            "on": arguments.on,
-            "tokens": arguments.length,
-            "predicted_ms": predicted,
+    for name, plan in list(plans.items())[: arguments.cuts]:
+        with tempfile.TemporaryDirectory() as folder:
+            engine.apply(view, plan, Path(folder), layout=choose_layout(view, plan))
+            cut = opened(Path(folder))
+        given = {
+            "batch": asked.batch,
+            "tokens": asked.tokens,
+            "predicted_ms": table.predict(view, plan),
             "dense_predicted_ms": table.predict(view),
-            **times,
-            "predicted_share": predicted / table.predict(view),
-            "measured_share": times["measured_ms"] / times["dense_measured_ms"],
         }
+        times = pass_times(given, cut, dense, arguments.repeats)
+        within = abs(times["share_predicted_to_measured"] - 1) <= 0.1
+        yield {"what": name, "on": arguments.on, "blocks": len(view.blocks), **given, **times, "within_a_tenth": within}
+
+
+# Of one model after the other, so that they fit into minutes; ONNX Runtime needs an export for every cut.
+QUIET = (
+    "overhead --rows 8 --windows 4 --length 128",
+    "repeatability --length 128 --new-tokens 16 --repeats 10 --rounds 4",
+    "repeatability --model all-minilm-l6-v2 --length 128 --repeats 50 --rounds 4",
+    "prediction --model all-minilm-l6-v2 --length 128",
+    "prediction --model smollm2-135m-instruct --length 64 --blocks 12 --cuts 3",
+    "prediction --model all-minilm-l6-v2 --length 128 --on onnxruntime --cuts 3",
+    "prediction --model smollm2-135m-instruct --length 64 --blocks 6 --cuts 2 --on onnxruntime",
+)
+
+
+def quiet(arguments: argparse.Namespace) -> None:
+    """Runs the lines of `QUIET` in processes of their own."""
+    more = [] if arguments.out is None else ["--out", str(arguments.out)]
+    for line in QUIET:
+        print(f"python benchmarks/evaluation.py {line}", flush=True)
+        if not arguments.dry_run:
+            subprocess.run([sys.executable, __file__, *line.split(), *more], check=True)
 
 
 def main() -> None:
@@ -291,10 +317,13 @@ def main() -> None:
         part.__name__: part for part in (agreement, overhead, repeatability, prediction)
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=parts)
+    parser.add_argument("part", choices=[*parts, "quiet"])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--on", default="torch", choices=("torch", "onnxruntime"), help="of prediction")
+    parser.add_argument("--blocks", type=int, help="of prediction: the model is cut to its first ones before [all]")
+    parser.add_argument("--cuts", type=int, default=5, help="of prediction: how many")
+    parser.add_argument("--dry-run", action="store_true", help="of quiet: only print")
     parser.add_argument("--rows", type=int, default=50)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256, help="tokens in a window or a prompt")
@@ -303,6 +332,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.part == "quiet":
+        quiet(arguments)
+        return
     known = facts()
     for row in parts[arguments.part](arguments):
         line = json.dumps({"part": arguments.part, "model": arguments.model, **row, "facts": known})

@@ -31,11 +31,16 @@ def base(given: argparse.Namespace, by: dict[str, Any]) -> dict[str, Any]:
 
     asked = [parse_task(text) for text in given.task]
     tasks = [{"task": task.name, "name": task.label, **task.options()} for task in asked]
+    whole = {"remove": round(given.remove - given.neurons, 6), "of": "params"}
+    steps: list[dict[str, Any]] = [{"remove": "sublayers", "by": by, "budget": whole}]
+    if given.neurons:
+        narrow = {"remove": given.neurons, "of": "params", "multiple_of": 16, "within": "group"}
+        steps.append({"remove": "neurons", "by": {"score": "wanda"}, "budget": narrow})
     return {
         "schema": 1,
         "model": {"source": given.source, "device": given.device},
         "calibrate": {"sequences": given.calibrate, "length_tokens": 256},
-        "steps": [{"remove": "sublayers", "by": by, "budget": {"remove": given.remove, "of": "params"}}],
+        "steps": steps,
         "evaluate": {
             "perplexity": {"sequences": given.sequences, "length_tokens": given.length},
             **({"tasks": tasks} if tasks else {}),
@@ -44,10 +49,14 @@ def base(given: argparse.Namespace, by: dict[str, Any]) -> dict[str, Any]:
 
 
 def text(spec: str) -> dict[str, Any]:
-    """A text of the mixture: `NAME[=WEIGHT]`, or `teacher@PROMPTS[=WEIGHT]` where the teacher goes on from prompts."""
+    """A text of the mixture: `NAME[=WEIGHT]`, or `teacher@PROMPTS[:TOKENS][=WEIGHT]` where the teacher goes on."""
     name, _, weight = spec.partition("=")
     data, _, prompts = name.partition("@")
-    return {"data": data, **({"prompts": prompts} if prompts else {}), **({"weight": float(weight)} if weight else {})}
+    prompts, _, tokens = prompts.partition(":")
+    found: dict[str, Any] = {"data": data}
+    found |= {"prompts": prompts} if prompts else {}
+    found |= {"prompt_tokens": int(tokens)} if tokens else {}
+    return {**found, **({"weight": float(weight)} if weight else {})}
 
 
 def variants(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -65,6 +74,7 @@ def variants(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "train": given.train,
         "dtype": given.dtype,
         "check_every": given.check_every,
+        "compile": given.compile,
         **({"top_k": given.top_k} if given.top_k else {}),
     }
     return {"cut": {}, "repaired": {"repair": repair}, "healed": {"heal": heal},
@@ -105,7 +115,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             search = {"search": "finercut", "candidates": given.candidates, "distance": "loss"}
             made = pipeline.make_plan(parse_recipe(base(given, search)), talk=print)
             order = Path(scratch) / "order.json"
-            write_json(order, {"results": [order.to_json() for order in made.orders]})
+            write_json(order, {"results": [made.orders[0].to_json()]})
             replayed = base(given, {"search": "replay", "file": str(order)})
             recipes |= {row: {**replayed, **after} for row, after in variants(given).items() if row in wanted}
         for number, (name, recipe) in enumerate(recipes.items()):
@@ -137,6 +147,7 @@ def facts(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "source": given.source,
         "remove": given.remove,
+        "neurons": given.neurons,
         "candidates": given.candidates,
         "evaluation": [given.sequences, given.length],
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
@@ -181,11 +192,14 @@ def main() -> None:
     parser.add_argument("--source", default="smollm2-135m-instruct")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--remove", type=float, default=0.25, help="fraction of block parameters")
+    parser.add_argument("--neurons", type=float, default=0.0, help="part of it that goes as neurons, by wanda")
     parser.add_argument("--candidates", default="pairs")
     parser.add_argument("--calibrate", type=int, default=10, help="sequences of 256 tokens for the search")
     parser.add_argument("--repair", type=int, default=64, help="sequences of 256 tokens for the repair")
     parser.add_argument("--method", default="distill")
-    parser.add_argument("--data", nargs="+", default=["teacher", "wikitext2"], help="texts: NAME[@PROMPTS][=WEIGHT]")
+    parser.add_argument(
+        "--data", nargs="+", default=["teacher", "wikitext2"], help="texts: NAME[@PROMPTS[:TOKENS]][=WEIGHT]"
+    )
     parser.add_argument("--texts", type=int, help="sequences in all [what the texts hold]")
     parser.add_argument("--train-length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=1000)
@@ -196,6 +210,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--check-every", type=int, default=100)
+    parser.add_argument("--compile", action="store_true", help="heal with compiled blocks")
     parser.add_argument("--task", action="append", default=[], help="also measured, as `prunekit evaluate` takes it")
     parser.add_argument("--sequences", type=int, default=20, help="evaluation windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")

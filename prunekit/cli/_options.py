@@ -40,8 +40,12 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows run at
 Attention = Annotated[
     str | None,
     typer.Option(
-        help="Run under the sparse runtime: a pattern, with options such as power,window_blocks=8 or layers=[2, 3]."
+        help="Run under the sparse runtime: a pattern, with options such as power,window_blocks=8 or layers=[2, 3]; "
+        "else a folder runs under the pattern that its configuration names."
     ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Fail where a pattern runs in plain torch for want of a kernel.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what is finished.")]
 OutputFile = Annotated[

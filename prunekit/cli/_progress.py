@@ -141,7 +141,8 @@ def rate_text(rate: float, unit: str) -> str:
         size, name = _binary(rate)
         return f"{rate / size:.1f} {name}/s"
     if 0 < rate < 0.1:
-        return f"{1 / rate:.0f} s/{unit.removesuffix('s') or 'step'}"
+        one = unit.removesuffix("es" if unit.endswith("sses") else "s")
+        return f"{1 / rate:.0f} s/{one or 'step'}"
     return f"{rate:,.1f} {unit}/s" if rate < 100 else f"{rate:,.0f} {unit}/s"
 
 

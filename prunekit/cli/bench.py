@@ -9,7 +9,7 @@ import typer
 
 from prunekit.cli import _options as options
 from prunekit.cli._output import Output
-from prunekit.core.errors import ExpectationError, UsageError
+from prunekit.core.errors import ExpectationError, RuntimePolicyError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -38,6 +38,7 @@ def attention(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="Type of queries, keys and values [float32 on a CPU, else bfloat16]."),
     ] = None,
+    strict: options.Strict = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -52,6 +53,7 @@ def attention(
 
     from prunekit.pipeline.inputs import device_named
     from prunekit.runtime.attention.bench import bench as run
+    from prunekit.runtime.attention.bench import no_kernels
 
     where = device_named(device)
     cuda = where.startswith("cuda")
@@ -60,6 +62,8 @@ def attention(
     if min(*lengths, *batches, 1) < 1:
         raise UsageError("`--length` and `--batch` are counts", why="they are at least 1")
     kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
+    if strict and (reason := no_kernels(where, kind)):
+        raise RuntimePolicyError("no kernel runs here", why=reason, hint="leave --strict out to time plain torch")
     out = Output(json=json, quiet=quiet)
     with out.progress() as progress:
         done = run(where, kind, lengths, batches, progress)

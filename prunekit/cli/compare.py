@@ -35,6 +35,7 @@ def compare(
         str | None,
         typer.Option(help="Run all models but the first under the sparse runtime: a pattern, with options."),
     ] = None,
+    strict: options.Strict = False,
     fresh: options.Fresh = False,
     output: options.OutputFile = None,
     overwrite: options.Overwrite = False,
@@ -62,7 +63,8 @@ def compare(
     with out.progress() as progress:
         subjects = open_subjects(models, device, dtype, batch_size, progress)
         _require_alike(subjects)
-        set_attention(subjects[1:], attention)
+        set_attention(subjects[:1], None, strict)
+        set_attention(subjects[1:], attention, strict)
         work = checked(subjects, named, suite, limit, alike=True)
         asked = _kl_windows(subjects, text, windows, length_tokens) if kl else None
         evaluations = run(work, fresh, progress=progress, talk=out.talk)

@@ -24,9 +24,9 @@ def costs(
     on: Annotated[Literal["torch", "onnxruntime"], typer.Option("--on", help="What runs the pass.")] = "torch",
     batch: Annotated[int, typer.Option(min=1, help="Sequences in the pass.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens in each sequence; images have their own.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Least passes of each model; the fastest counts.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Least passes of each model.")] = 10,
     blocks: Annotated[
-        int | None, typer.Option(min=2, help="Blocks that are run [those of 512 MiB; four in ONNX Runtime].")
+        int | None, typer.Option(min=2, help="Blocks that are run [those of 512 MiB; four at most in ONNX Runtime].")
     ] = None,
     widths: Annotated[bool, typer.Option("--widths/--no-widths", help="Measure narrower sub-layers too.")] = True,
     device: options.Device = "auto",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 
 _RULES = ("hard", "easy", "auto")
+# Unreadable images that are named; the manifest names all.
+_LISTED = 10
 Scores = Annotated[Path, typer.Argument(help="Parquet file that `prunekit data score` wrote.", metavar="SCORES")]
 OneMetric = Annotated[str | None, typer.Option("--metric", help="Whose scores, where the file holds several.")]
 Keep = Annotated[float | None, typer.Option(help="Fraction of the examples that stays.")]
@@ -95,6 +97,10 @@ def score(
     with out.progress() as progress:
         manifest = write_scores(request, target, progress)
     if _first_rank():
+        if skipped := manifest["data"]["skipped"]:
+            n = len(skipped) + manifest["data"]["examples"]
+            head = f"left out, since they cannot be read: {len(skipped)} of {n} images"
+            out.talk("\n  ".join([head, *skipped[:_LISTED]]))
         out.result(_score_table(manifest), {**manifest, "output": str(target)})
         out.written(target)
 
@@ -162,7 +168,7 @@ def select(
     from prunekit.core.files import require_free_folder
     from prunekit.datasets import select as work
     from prunekit.datasets.examples import Settings
-    from prunekit.datasets.writers import ENDINGS, format_of
+    from prunekit.datasets.writers import ENDINGS, FOLDERS, format_of
 
     wanted = _rule(keep, examples, tokens, rule, class_floor, seed)
     file = work.open_scores(scores, metric, of)
@@ -170,7 +176,7 @@ def select(
     target = output or Path(f"{Path(facts['path']).name.split('.')[0]}-selected{ENDINGS[facts['format']]}")
     form = format_of(target, facts)
     if not dry_run:
-        require_free_folder(target, overwrite=False) if form in ("hf", "images") else require_free(target, overwrite)
+        require_free_folder(target, overwrite=False) if form in FOLDERS else require_free(target, overwrite)
     out = Output(json=json, quiet=quiet)
     with out.progress() as progress:
         settings = Settings(seed=seed, device=device)

@@ -53,6 +53,9 @@ _SECTIONS = (
     ("Repair", "repair"),
     ("Heal", "heal"),
     ("HealText", "heal.data"),
+    ("Runtime", "runtime"),
+    ("Attention", "runtime.attention"),
+    ("HealAttention", "heal.attention"),
     ("Evaluate", "evaluate"),
     ("Perplexity", "evaluate.perplexity"),
     ("KL", "evaluate.kl"),
@@ -97,6 +100,11 @@ def recipe_page() -> str:
         parts += [f"## {title}\n", definition["description"] + "\n", _table(definition)]
         if name in ("Repair", "Learn", "Heal"):
             parts.append("The [method's](../methods/index.md) own knobs stand beside these keys.\n")
+        if name == "Attention":
+            parts.append(
+                "The [pattern's](../concepts/sparse_attention.md) own options stand beside these keys. `runtime: "
+                "{pattern: power}` is short for `runtime: {attention: {pattern: power}}`.\n"
+            )
         if name == "Evaluate":
             parts.append("`tasks` takes the [tasks](tasks.md) of `prunekit evaluate`, options beside the name.\n")
         if name == "Step":
@@ -114,7 +122,7 @@ def _table(definition: Mapping[str, Any]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     required = definition.get("required", [])
     for key, value in definition["properties"].items():
-        if key == "knobs":
+        if key == "knobs" or (key == "options" and "pattern" in definition["properties"]):
             continue
         default = value.get("default")
         plain = default is not None and not isinstance(default, Mapping)
@@ -254,7 +262,8 @@ def index_page(cards: list[Card]) -> str:
     intro = (
         "For people who choose a method. A score gives every unit one number and the lowest go; a search runs the cut "
         "model to decide what goes next; a gate learns by training which units go, in a recipe's `learn`; a repair "
-        "fits new weights to what is left; healing trains it; a metric scores training examples for `prunekit data`. "
+        "fits new weights to what is left; healing trains it, with another attention on the way where `heal.attention` "
+        "says so; a metric scores training examples for `prunekit data`. "
         "`preview` becomes `stable` once a published or own number is reproduced.\n"
     )
     return "\n".join(["# Methods\n", _MADE, intro, *rows])

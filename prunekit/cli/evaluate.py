@@ -30,6 +30,7 @@ def evaluate(
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = None,
     attention: options.Attention = None,
+    strict: options.Strict = False,
     fresh: options.Fresh = False,
     output: options.OutputFile = None,
     overwrite: options.Overwrite = False,
@@ -53,7 +54,7 @@ def evaluate(
     named = named_tasks(task, limit)
     with out.progress() as progress:
         subjects = open_subjects(models, device, dtype, batch_size, progress)
-        set_attention(subjects, attention)
+        set_attention(subjects, attention, strict)
         work = checked(subjects, named, suite, limit)
         evaluations = _measured(work, fresh, progress, out)
     from prunekit.report.evaluation import figures_table
@@ -86,12 +87,18 @@ def open_subjects(
     return subjects
 
 
-def set_attention(subjects: Sequence[Subject], attention: str | None) -> None:
-    """Puts models under the sparse runtime, as typed behind `--attention`.
+def set_attention(subjects: Sequence[Subject], attention: str | None, strict: bool = False) -> None:
+    """Puts models under the sparse runtime, as typed behind `--attention`; else they keep what their folder says.
 
+    Args:
+        subjects: the models.
+        attention: pattern with options, None for none.
+        strict: whether a pattern without a kernel for it is an error.
     Raises:
         UsageError: for an unknown pattern or option, or a model that it is not for.
     """
+    for subject in subjects:
+        subject.strict = strict
     if attention is None:
         return
     from prunekit.core.task_options import option_values, parts

@@ -26,7 +26,7 @@ def list_(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """List scores, searches, gates, repairs, ways of healing and metrics of data pruning, with status and needs."""
+    """List scores, searches, gates, repairs, healing, attention in training and metrics, with status and needs."""
     show_list(Output(json=json), remove)
 
 

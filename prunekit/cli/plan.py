@@ -102,10 +102,15 @@ def show_plan(
     later = [name for name in ("repair", "heal") if getattr(recipe, name) is not None]
     if later:
         out.talk(f"a plan holds cuts alone: {' and '.join(f'`{n}`' for n in later)} come with `prunekit prune`")
+    runtime = recipe.effective().get("runtime")
+    if runtime is not None:
+        asked = runtime["attention"]
+        options = ", ".join(f"{key} {value}" for key, value in asked.items() if key != "pattern")
+        out.talk(f"the result reads by the pattern `{asked['pattern']}` ({options or 'no options'})")
     with out.progress() as progress:
         made = pipeline.make_plan(recipe, progress=progress, talk=out.talk)
     figures = asdict(made.before), asdict(made.after)
-    _show(out, made.view, made.plan, made.layout, *figures, made.orders, made.latency)
+    _show(out, made.view, made.plan, made.layout, *figures, made.orders, made.latency, runtime)
     _write(out, made.view, made.plan, file, to, recipe.model.source)
 
 
@@ -137,6 +142,7 @@ def _show(
     after: dict[str, Any],
     orders: Sequence[Scores | Order],
     latency: Mapping[str, Any] | None = None,
+    runtime: Mapping[str, Any] | None = None,
 ) -> None:
     from prunekit.plan.loads import loads
     from prunekit.report.layer_map import layer_map
@@ -152,6 +158,7 @@ def _show(
         "layer_map": [row.to_json() for row in rows],
         "orders": [order.to_json() for order in orders],
         **({"latency": dict(latency)} if latency else {}),
+        **({"runtime": dict(runtime)} if runtime else {}),
     }
     out.result(outcome(rows, before, after, where, latency=latency), data)
 

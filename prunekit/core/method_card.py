@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic.fields import FieldInfo
 
 from prunekit.core.recipe_model import REGISTRIES
-from prunekit.core.registry import GATES, HEALS, METRICS, REPAIRS, TASKS, Registry
+from prunekit.core.registry import ATTENTIONS, GATES, HEALS, METRICS, REPAIRS, TASKS, Registry
 
 # Roles that have a section of the recipe of their own.
 SECTIONS = {"repair": "repair", "gate": "learn", "heal": "heal"}
@@ -66,14 +66,15 @@ def method_names() -> list[tuple[str, str]]:
 
 def registries() -> dict[str, Registry]:
     """All methods by role: what a step may name, what learns masks, what makes up for the cut, metrics of data."""
-    return {**REGISTRIES, "gate": GATES, "repair": REPAIRS, "heal": HEALS, "metric": METRICS}
+    after = {"gate": GATES, "repair": REPAIRS, "heal": HEALS, "attention": ATTENTIONS}
+    return {**REGISTRIES, **after, "metric": METRICS}
 
 
 def card(role: str, name: str) -> Card:
     """Card of one method.
 
     Args:
-        role: `score`, `search`, `gate`, `repair`, `heal` or `metric`.
+        role: `score`, `search`, `gate`, `repair`, `heal`, `attention` or `metric`.
         name: registry name.
     Raises:
         UsageError: if there is no such method.
@@ -211,6 +212,9 @@ def example_use(entry: Card) -> tuple[str, str]:
             shared = {**shared, "remove": list(entry.kinds[:2]), "budget": {"remove": 0.2}}
         written = yaml_text({"method": entry.name, **shared, **entry.example})
         return "in a recipe", f"{SECTIONS[entry.role]}: {written}\n"
+    if entry.role == "attention":
+        written = yaml_text({"method": entry.name, **entry.example})
+        return "in a recipe", f"heal: {{method: distill, data: wikitext2, length_tokens: 512, attention: {written}}}\n"
     if entry.role == "metric":
         knobs = "".join(f" --set {name}={yaml_text(value)}" for name, value in entry.example.items())
         return "on the command line", f"prunekit data score DATASET --metric {entry.name}{knobs}\n"

@@ -8,13 +8,14 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from prunekit.core.errors import PrunekitError
+from prunekit.core.pattern_options import runtime_problems
 from prunekit.core.recipe_evaluate import EXPECTATIONS
 from prunekit.core.recipe_fields import knob_problems
 from prunekit.core.recipe_heal import Heal, Training
-from prunekit.core.recipe_learn import Learn
+from prunekit.core.recipe_learn import Gated, Learn
 from prunekit.core.recipe_model import ALTERNATING, REGISTRIES, WIDTH_KINDS, Kind, Repair
 from prunekit.core.recipe_problems import Problem, near
-from prunekit.core.registry import GATES, HEALS, METRICS, REPAIRS, Registry
+from prunekit.core.registry import ATTENTIONS, GATES, HEALS, METRICS, REPAIRS, Registry
 from prunekit.core.task_options import label_of, make_task, split_limit, task_problems
 from prunekit.core.yaml_lines import KeyPath
 
@@ -45,10 +46,12 @@ def combination_problems(data: Mapping[str, Any]) -> list[Problem]:
     for model, registry in ((Learn, GATES), (Heal, HEALS)):
         problems += _section(data, model.section, registry, model)
         problems += _training(data, model)
+    problems += _attention(data)
     problems += _learn(data)
     problems += _vocab(data)
     for part in ("calibrate", "learn", "heal"):
         problems += _select(data, part)
+    problems += runtime_problems(data.get("runtime"), _inside(data, "export", "formats"))
     problems += _export(data)
     problems += _require(data)
     tasks = _inside(data, "evaluate", "tasks")
@@ -246,6 +249,12 @@ def _learn(data: Mapping[str, Any]) -> Iterator[Problem]:
     if "sublayers" in kinds and {"attention", "ffn"} & set(kinds):
         hint = "keep `sublayers`, or the kinds that can go"
         yield Problem("`sublayers` takes attention and FFN already", ("learn", "remove"), hint=hint)
+    name = _inside(data, "learn", "method")
+    known = GATES.get(name).kinds if isinstance(name, str) and name in GATES.names() else get_args(Gated)
+    for kind in sorted({kind for kind in kinds if kind in get_args(Gated) and kind not in known}):
+        others = [other for other in GATES.names() if kind in GATES.get(other).kinds]
+        why, hint = f"it learns {', '.join(known)}", f"for {kind}: {', '.join(f'`{other}`' for other in others)}"
+        yield Problem(f"`{name}` does not learn {kind}", ("learn", "remove", kinds.index(kind)), why=why, hint=hint)
 
 
 def _training(data: Mapping[str, Any], model: type[Training]) -> Iterator[Problem]:
@@ -303,6 +312,20 @@ def _kinds(cls: type, name: str, kind: Any, path: KeyPath) -> list[Problem]:
             hint=f"for {kind}: {', '.join(others)}" if others else "no method chooses these yet",
         )
     ]
+
+
+def _attention(data: Mapping[str, Any]) -> list[Problem]:
+    """Name and knobs of the attention that healing trains with."""
+    raw = _inside(data, "heal", "attention")
+    given = {"method": raw} if isinstance(raw, str) else raw
+    if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+        return []
+    path, name, names = ("heal", "attention"), given["method"], ATTENTIONS.names()
+    if name not in names:
+        hint = near(name, names) or f"there are: {', '.join(names)}"
+        return [Problem(f"no attention named `{name}`", path, hint=hint)]
+    knobs = {key: value for key, value in given.items() if key != "method"}
+    return knob_problems(ATTENTIONS.get(name), knobs, path, ["method"])
 
 
 def _select(data: Mapping[str, Any], part: str) -> Iterator[Problem]:

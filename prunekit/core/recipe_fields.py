@@ -15,8 +15,7 @@ from prunekit.core.recipe_problems import Problem, near, typed
 from prunekit.core.yaml_lines import KeyPath
 
 # What a recipe may come to say, and what does the nearest thing until then.
-NOT_BUILT = {
-    ("runtime",): "run-time patterns and cache policies are not part of recipes yet",
+NOT_BUILT: dict[KeyPath, str] = {
     ("steps", "rewire"): "rewiring is not built yet; steps remove units",
 }
 _NOT_BUILT_VALUES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, StrictFloat, StrictInt, StrictStr, model_serializer, model_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_serializer, model_validator
 
 from prunekit.core.recipe_base import Part, gathered, named_text
 from prunekit.core.recipe_select import Select
@@ -90,6 +90,22 @@ class Training(Part):
         return {"method": self.method, **self.knobs, "data": texts, **known}
 
 
+class HealAttention(Part):
+    """Attention in training, by registry name, with the method's knobs beside the name; a bare text is the name."""
+
+    method: StrictStr = Field(description="Which attention.")
+    knobs: dict[str, Any] = Field(default_factory=dict, description="Knobs of the method.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        return gathered({"method": data} if isinstance(data, str) else data, ("method",))
+
+    @model_serializer
+    def _flatten(self) -> dict[str, Any]:
+        return {"method": self.method, **self.knobs}
+
+
 class Heal(Training):
     """Training after the cut, by registry name, with the method's knobs beside the name."""
 
@@ -100,3 +116,12 @@ class Heal(Training):
     )
     lora_rank: StrictInt = Field(default=16, ge=1, description="Rank of the adapters.")
     lora_alpha: StrictFloat = Field(default=32.0, gt=0, description="The adapters' scale is this over their rank.")
+    attention: HealAttention | None = Field(
+        default=None,
+        description="Attention that is trained with in the place of the model's own, which comes back afterwards: "
+        "shifted_sparse or subsampled; null trains with its own.",
+    )
+    compile: StrictBool = Field(
+        default=False,
+        description="Run the blocks of both models and the divergence compiled; for GPUs; needs a C compiler.",
+    )

@@ -23,8 +23,9 @@ from prunekit.core.recipe_base import Part, gathered
 from prunekit.core.recipe_evaluate import Evaluate, Expect
 from prunekit.core.recipe_heal import Heal
 from prunekit.core.recipe_learn import Learn
+from prunekit.core.recipe_runtime import Runtime
 from prunekit.core.recipe_select import Select
-from prunekit.core.registry import GATES, HEALS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
+from prunekit.core.registry import ATTENTIONS, GATES, HEALS, PATTERNS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
 Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts", "hidden"]
 WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts", "hidden")
@@ -258,6 +259,7 @@ class Recipe(Part):
     )
     repair: Repair | None = Field(default=None, description="What makes up for the cut, without training.")
     heal: Heal | None = Field(default=None, description="Training after the cut and the repair.")
+    runtime: Runtime | None = Field(default=None, description="What the result reads while it runs; null is all.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after.")
     export: Export = Field(default=Export(), description="Formats and layout that are written.")
     expect: Expect = Field(default=Expect(), description="Limits that the result must keep.")
@@ -275,11 +277,17 @@ class Recipe(Part):
         if self.repair is not None:
             knobs = _all_knobs(REPAIRS, self.repair.method, self.repair.knobs)
             data["repair"] = {"method": self.repair.method, **knobs, **data["repair"], **knobs}
+        if self.runtime is not None:
+            chosen = self.runtime.attention
+            data["runtime"]["attention"] |= _all_knobs(PATTERNS, chosen.pattern, chosen.options)
         for section, registry in ((self.learn, GATES), (self.heal, HEALS)):
             if section is not None:
                 knobs = _all_knobs(registry, section.method, section.knobs)
                 name = section.section
                 data[name] = {"method": section.method, **knobs, **data[name], **knobs}
+        if self.heal is not None and self.heal.attention is not None:
+            way = self.heal.attention
+            data["heal"]["attention"] = {"method": way.method, **_all_knobs(ATTENTIONS, way.method, way.knobs)}
         return {key: value for key, value in data.items() if value not in ({}, [])}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from prunekit.core.method_card import SECTIONS, card, method_names, registries, task_card
+from prunekit.core.method_card import SECTIONS, arguments, card, method_names, registries, task_card
 from prunekit.core.recipe_model import REGISTRIES, Recipe
-from prunekit.core.registry import TASKS
+from prunekit.core.recipe_runtime import SHARED
+from prunekit.core.registry import ATTENTIONS, PATTERNS, TASKS
 
 
 def json_schema() -> dict[str, Any]:
@@ -35,13 +37,31 @@ def json_schema() -> dict[str, Any]:
         knobs = TypeAdapter(registries()[role].get(name)).json_schema(ref_template=f"#/$defs/{role}_{name}_{{model}}")
         for inner, definition in knobs.pop("$defs", {}).items():
             definitions[f"{role}_{name}_{inner}"] = definition
-        definitions[f"{role}_{name}"] = _method(role, name, knobs, shared.get(SECTIONS.get(role, "")))
+        definitions[f"{role}_{name}"] = _method(
+            role, name, knobs, {} if role == "attention" else shared.get(SECTIONS.get(role, ""))
+        )
+    definitions["HealAttention"] = {
+        "description": definitions["HealAttention"]["description"],
+        "anyOf": [
+            {"enum": list(ATTENTIONS.names())},
+            *({"$ref": f"#/$defs/attention_{name}"} for name in ATTENTIONS.names()),
+        ],
+    }
     definitions["Measurement"] = {
         "description": definitions["Measurement"]["description"],
         "anyOf": [{"enum": list(TASKS.names())}, *({"$ref": f"#/$defs/task_{name}"} for name in TASKS.names())],
     }
     for name in TASKS.names():
         definitions[f"task_{name}"] = _task(name)
+    definitions |= {f"pattern_{name}": _pattern(name, definitions["Attention"]) for name in PATTERNS.names()}
+    about = definitions["Attention"]["description"]
+    pattern = [{"$ref": f"#/$defs/pattern_{name}"} for name in PATTERNS.names()]
+    definitions["Attention"] = {"description": about, "oneOf": pattern}
+    runtime = definitions["Runtime"]
+    definitions["Runtime"] = {
+        "description": runtime["description"],
+        "anyOf": [runtime, {"$ref": "#/$defs/Attention"}],
+    }
     for short in ("Perplexity", "KL", "Embedding", "HealText"):
         mapping = definitions[short]
         definitions[short] = {"anyOf": [mapping, {"type": "string"}], "description": mapping["description"]}
@@ -51,7 +71,7 @@ def json_schema() -> dict[str, Any]:
 
 def _usable() -> list[tuple[str, str]]:
     """(role, name) of the methods that a recipe may name."""
-    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, *SECTIONS)]
+    return [(role, name) for role, name in method_names() if role in (*REGISTRIES, *SECTIONS, "attention")]
 
 
 def _task(name: str) -> dict[str, Any]:
@@ -68,6 +88,25 @@ def _task(name: str) -> dict[str, Any]:
         "description": about.summary,
         "properties": {"task": {"const": name}, "name": {"type": "string"}, **properties},
         "required": ["task", *options.get("required", [])],
+        "additionalProperties": False,
+    }
+
+
+def _pattern(name: str, plain: dict[str, Any]) -> dict[str, Any]:
+    """Schema of one pattern's mapping; `plain`: that of the keys which all patterns have."""
+    from pydantic import TypeAdapter
+
+    cls = PATTERNS.get(name)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    meanings, options = arguments(text), TypeAdapter(cls).json_schema().get("properties", {})
+    shared = {key: plain["properties"][key] for key in SHARED}
+    known = {key: {"description": meanings.get(key, ""), **value} for key, value in options.items()}
+    return {
+        "type": "object",
+        "title": name,
+        "description": text.partition("\n")[0],
+        "properties": {"pattern": {"const": name}, **known, **shared},
+        "required": ["pattern"],
         "additionalProperties": False,
     }
 

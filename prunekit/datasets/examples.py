@@ -54,6 +54,7 @@ class Examples:
         settings: device, seed, memory.
         ranks: processes that share the work.
         progress: bars.
+        asking: the metric that asks now, as errors name it.
     """
 
     source: Source
@@ -61,6 +62,7 @@ class Examples:
     settings: Settings
     ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = NULL_PROGRESS
+    asking: str = "this metric"
 
     @property
     def n(self) -> int:
@@ -85,18 +87,24 @@ class Examples:
         """The labels, or an error before any metric has done its work.
 
         Raises:
-            UsageError: if labels are missing, or all alike.
+            UsageError: if labels are missing, all alike, or all different.
         """
         codes, path = self.source.codes, self.source.opened.path
         hint = "metrics without labels: length, random, ssl_prototypes; with a causal --model: el2n, loss, perplexity"
         if codes is None or not self.labelled:
-            raise UsageError(f"`{path}` has no labels", why="this metric needs the class of every example", hint=hint)
+            raise UsageError(
+                f"`{path}` has no labels", why=f"{self.asking} needs the class of every example", hint=hint
+            )
         missing = int((codes < 0).sum())
         if missing:
-            raise UsageError(f"{missing} of {self.n} examples of `{path}` have no label", hint=hint)
+            why = f"{self.asking} needs the class of every example"
+            raise UsageError(f"{missing} of {self.n} examples of `{path}` have no label", why=why, hint=hint)
         if len(np.unique(codes)) < 2:
             why = f"every label is `{self.source.classes[int(codes[0])]}`"
             raise UsageError(f"`{path}` has a single class", why=why, hint=hint)
+        if self.n > 2 and len(np.unique(codes)) == self.n:
+            why = f"column `{self.source.label_column}` has another value in every row"
+            raise UsageError(f"`{path}` holds no classes", why=why, hint="name the class: --label-column NAME")
         return codes
 
     @property
@@ -112,7 +120,7 @@ class Examples:
     def model(self) -> Encoder:
         """The model."""
         if self.encoder is None:
-            raise UsageError("this metric needs a model", hint="--model NAME")
+            raise UsageError(f"{self.asking} needs a model", hint="--model NAME")
         return self.encoder
 
     @cached_property
@@ -158,7 +166,7 @@ class Examples:
     def surprises(self) -> np.ndarray:
         """Mean loss in nats, and mean error norm, a token of every text under the causal model, float32 [n, 2]."""
         if self.source.kind != "text":
-            raise UsageError("this metric reads text", why="the data set holds images")
+            raise UsageError(f"{self.asking} reads text", why="the data set holds images")
         model, data = self.model, self.source
         file = self._cached(f"surprises/{_key(data.digest, model.digest, model.max_tokens)}.npy")
 
@@ -173,7 +181,7 @@ class Examples:
     def lengths(self) -> np.ndarray:
         """Length of every text in tokens, in words without a model, int32 [n]."""
         if self.source.kind != "text":
-            raise UsageError("`length` reads text", why="the data set holds images")
+            raise UsageError(f"{self.asking} reads text", why="the data set holds images")
         found = np.zeros(self.n, np.int32)
         for start, values in self.source.blocks(1024):
             counted = [len(v.split()) for v in values] if self.encoder is None else self.encoder.counts(values)

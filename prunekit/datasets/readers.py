@@ -39,7 +39,7 @@ def open_files(path: Path, reading: Reading) -> Opened:
     if not path.is_file():
         raise UsageError(f"no data set `{path}`", why=_FORMS)
     openers: dict[str, Callable[[Path], Opened]] = {
-        ".parquet": lambda file: _parquet(file, (file,)),
+        ".parquet": lambda file: _parquet(file, (file,), "parquet"),
         ".jsonl": _jsonl,
         ".csv": _csv,
         ".zip": _zip,
@@ -70,7 +70,7 @@ def _folder(path: Path) -> Opened:
         return _saved(path)
     shards = tuple(sorted(path.glob("*.parquet")))
     if shards:
-        return _parquet(path, shards)
+        return _parquet(path, shards, "shards")
     images = tuple(sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()))
     if not images:
         raise UsageError(f"`{path}` holds no data set", why=_FORMS)
@@ -104,7 +104,7 @@ def _saved(path: Path) -> Opened:
     return Opened(path, "hf", files, read, found.features.arrow_schema, tuple(getattr(label, "names", None) or ()))
 
 
-def _parquet(path: Path, files: tuple[Path, ...]) -> Opened:
+def _parquet(path: Path, files: tuple[Path, ...], form: str) -> Opened:
     import pyarrow.parquet as parquet
 
     def read() -> Iterator[pa.RecordBatch]:
@@ -117,7 +117,7 @@ def _parquet(path: Path, files: tuple[Path, ...]) -> Opened:
     for file, schema in zip(files, schemas, strict=True):
         if not schema.equals(schemas[0]):
             raise UsageError(f"`{file.name}` has other columns than `{files[0].name}`", at=str(path))
-    return Opened(path, "parquet", files, read, schemas[0], _class_names(schemas[0]))
+    return Opened(path, form, files, read, schemas[0], _class_names(schemas[0]))
 
 
 def _class_names(schema: pa.Schema) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,7 @@ from prunekit.core.registry import METRICS
 from prunekit.datasets.encoder import encoder
 from prunekit.datasets.examples import Examples, Settings
 from prunekit.datasets.source import Reading, Source, open_source
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from prunekit.datasets.writers import gathered
 
 COLUMN = "score_"
 # Key of the manifest in the Parquet file's own metadata.
@@ -72,9 +70,14 @@ def write_scores(request: Request, output: Path, progress: Progress = NULL_PROGR
         if needed or request.model is not None:
             model = encoder(request.model, data, request.settings.device, request.max_tokens, progress)
         examples = Examples(data, model, request.settings, ranks, progress)
-        if any("labels" in metric.needs for metric in metrics.values()):
-            examples.require_labels()
-        scores = {name: checked(name, metric.score(examples), examples.n) for name, metric in metrics.items()}
+        for name, metric in metrics.items():
+            if "labels" in metric.needs:
+                examples.asking = f"`{name}`"
+                examples.require_labels()
+        scores = {}
+        for name, metric in metrics.items():
+            examples.asking = f"`{name}`"
+            scores[name] = checked(name, metric.score(examples), examples.n)
         manifest = _manifest(request, examples, metrics, scores)
         if ranks.first:
             _write(output, data, scores, manifest)
@@ -183,7 +186,7 @@ def _write(output: Path, data: Source, scores: Mapping[str, np.ndarray], manifes
     try:
         with parquet.ParquetWriter(part, schema) as writer:
             first = 0
-            for table in _gathered(data):
+            for table in gathered(pa.Table.from_batches([batch]) for batch in data.batches()):
                 last = first + table.num_rows
                 for name, found in scores.items():
                     table = table.append_column(COLUMN + name, pa.array(found[first:last]))
@@ -193,17 +196,3 @@ def _write(output: Path, data: Source, scores: Mapping[str, np.ndarray], manifes
     finally:
         part.unlink(missing_ok=True)
     write_json(manifest_file(output), manifest)
-
-
-def _gathered(data: Source, rows: int = 1024) -> Any:
-    """Batches joined into row groups of at least `rows`, or 64 MiB; tiny ones read slowly."""
-    import pyarrow as pa
-
-    held: list[pa.RecordBatch] = []
-    for batch in data.batches():
-        held.append(batch)
-        if sum(part.num_rows for part in held) >= rows or sum(part.nbytes for part in held) >= 1 << 26:
-            yield pa.Table.from_batches(held)
-            held = []
-    if held:
-        yield pa.Table.from_batches(held)

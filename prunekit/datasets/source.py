@@ -54,7 +54,7 @@ class Opened:
 
     Args:
         path: as the user gave it.
-        format: `hf`, `parquet`, `jsonl`, `csv`, `images`, `zip` or `text`.
+        format: `hf`, `parquet`, `shards` (a folder of Parquet files), `jsonl`, `csv`, `images`, `zip` or `text`.
         files: every file that the content depends on.
         read: a new pass over the rows, in the same order each time.
         schema: of the batches.
@@ -217,6 +217,7 @@ def _scan(source: Source, skip_bad: bool, progress: Progress, look: bool) -> Non
     """Fills in what a pass over the rows tells."""
     codes: list[np.ndarray] = []
     known: dict[Any, int] = {}
+    _require_classes(source)
     bad: list[Bad] = []
     first = empty = 0
     with progress.task("reading", unit="examples") as task:
@@ -253,6 +254,17 @@ def _scan(source: Source, skip_bad: bool, progress: Progress, look: bool) -> Non
 
 def _missing(value: Any) -> bool:
     return value is None or value == "" or value != value
+
+
+def _require_classes(source: Source) -> None:
+    import pyarrow as pa
+
+    if source.label_column is None:
+        return
+    kind = source.opened.schema.field(source.label_column).type
+    if pa.types.is_nested(kind):
+        why = f"column `{source.label_column}` is of type {kind}, and an example has one class here"
+        raise UsageError(f"`{source.opened.path}` holds no classes", why=why, hint="name another: --label-column NAME")
 
 
 def _require_text(values: pa.Array, source: Source) -> None:

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 ENDINGS = {
     "hf": "",
     "parquet": ".parquet",
+    "shards": "",
     "jsonl": ".jsonl",
     "csv": ".csv",
     "images": "",
     "zip": ".zip",
     "text": ".txt",
 }
+FOLDERS = tuple(name for name, ending in ENDINGS.items() if not ending)
+# Bytes in memory of the rows of a Parquet shard.
+_SHARD = 1 << 29
 
 
 def format_of(output: Path, data: Mapping[str, Any]) -> str:
@@ -52,10 +56,12 @@ def format_of(output: Path, data: Mapping[str, Any]) -> str:
 def write_rows(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], output: Path) -> None:
     """Writes rows to `output`, which appears whole or not at all; memory holds one batch."""
     form = format_of(output, data)
-    if form in ("hf", "images"):
+    if form in FOLDERS:
         with atomic_folder(output) as folder:
             if form == "hf":
                 _saved(rows, schema, data, folder)
+            elif form == "shards":
+                _shards(rows, schema, data, folder)
             else:
                 for name, content in _files(rows, data["column"]):
                     target = folder / name
@@ -77,6 +83,20 @@ def write_rows(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], output: P
         part.unlink(missing_ok=True)
 
 
+def gathered(tables: Iterator[pa.Table], rows: int = 1024) -> Rows:
+    """Tables joined to at least `rows` rows or 64 MiB: as row groups, small ones cost memory and read slowly."""
+    import pyarrow as pa
+
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(part.num_rows for part in held) >= rows or sum(part.nbytes for part in held) >= 1 << 26:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
 def _own(schema: pa.Schema, data: Mapping[str, Any]) -> pa.Schema:
     """Schema of the data set's own columns, without the scores' manifest."""
     import pyarrow as pa
@@ -90,19 +110,47 @@ def _parquet(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], part: Path)
 
     own = _own(schema, data)
     with parquet.ParquetWriter(part, own) as writer:
-        for table in rows:
+        for table in gathered(rows):
             writer.write_table(table.cast(own))
+
+
+def _shards(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], folder: Path) -> None:
+    """Files of about half a gibibyte in memory each."""
+    import pyarrow.parquet as parquet
+
+    rows = gathered(rows)
+    own, first = _own(schema, data), next(rows, None)
+    number = 0
+    while first is not None:
+        held, table = 0, first
+        first = None
+        with parquet.ParquetWriter(folder / f"{number:05}.parquet", own) as writer:
+            while table is not None:
+                writer.write_table(table.cast(own))
+                held += table.nbytes
+                table = next(rows, None)
+                if held >= _SHARD:
+                    first = table
+                    break
+        number += 1
 
 
 def _saved(rows: Rows, schema: pa.Schema, data: Mapping[str, Any], folder: Path) -> None:
     try:
         from datasets import Dataset
+        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     except ImportError as error:
         raise UsageError("writing a folder needs the package datasets", hint="pip install datasets") from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         part = Path(aside) / "rows.parquet"
         _parquet(rows, schema, data, part)
-        Dataset.from_parquet(str(part), cache_dir=aside).save_to_disk(str(folder))
+        silent = are_progress_bars_disabled()
+        disable_progress_bars()
+        try:
+            Dataset.from_parquet(str(part), cache_dir=aside).save_to_disk(str(folder))
+        finally:
+            if not silent:
+                enable_progress_bars()
 
 
 def _jsonl(rows: Rows, part: Path) -> None:

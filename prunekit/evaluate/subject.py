@@ -38,7 +38,9 @@ class Subject:
         batch_size: rows that tasks run at once.
         trust_remote_code: whether modelling code inside the folder may run.
         attention: section of the sparse runtime that it runs under, such as `{"pattern": "power"}`; None is dense.
+        strict: whether a pattern without a kernel for it is an error.
         loaded: the model where it is in memory already.
+        choosing: what keeps units chosen for each input, where the folder has predictors and the model was loaded.
     """
 
     name: str
@@ -51,7 +53,9 @@ class Subject:
     batch_size: int = 8
     trust_remote_code: bool = False
     attention: Mapping[str, Any] | None = None
+    strict: bool = False
     loaded: Any = field(default=None, repr=False)
+    choosing: Any = field(default=None, repr=False)
 
     @property
     def kind(self) -> Kind:
@@ -70,6 +74,7 @@ class Subject:
 
         Raises:
             CheckpointError: if it cannot be loaded.
+            RuntimePolicyError: if its pattern is for another model, or, if strict, has no kernel.
         """
         if self.loaded is None:
             if self.backend == "onnx":
@@ -77,19 +82,22 @@ class Subject:
 
                 self.loaded = OnnxModel(self.folder, self.device)
             else:
+                from prunekit.modeling.dynamic import dynamic
                 from prunekit.modeling.load import load_model
 
                 model = load_model(self.folder, self.dtype, self.device, self.trust_remote_code)
                 if self.attention is not None:
                     from prunekit.runtime import attach
 
-                    attach(model, self.attention)
-                self.loaded = model
+                    attach(model, self.attention, strict=self.strict)
+                # What is measured is the model that the folder is for.
+                self.choosing = dynamic(model, self.folder)
+                self.loaded = self.choosing.__enter__()
         return self.loaded
 
     def release(self) -> None:
         """Lets the weights go."""
-        self.loaded = None
+        self.loaded = self.choosing = None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text.
@@ -138,6 +146,8 @@ def open_subject(
 ) -> Subject:
     """A model by folder, ONNX folder, hub id, GGUF file or packaged name; headers and tokenizer are read, no weight.
 
+    A folder whose configuration names a pattern runs under it.
+
     Args:
         source: as the command line takes it.
         device: where it will run.
@@ -152,6 +162,7 @@ def open_subject(
     from prunekit.checkpoint.reader import Checkpoint
     from prunekit.checkpoint.sources import resolve
     from prunekit.modeling.load import load_tokenizer
+    from prunekit.runtime.attention.policy import section_of
 
     path = Path(source).expanduser()
     graph = path.parent if path.name == GRAPH else path
@@ -161,6 +172,7 @@ def open_subject(
     checkpoint = Checkpoint.open(resolved.folder)
     taken = dtype or ("float32" if device == "cpu" else "auto")
     subject = Subject(resolved.name, resolved.folder, checkpoint.config, None, "torch", device, taken, batch_size)
+    subject.attention = section_of(checkpoint.config.get("prunekit"))
     if subject.kind != "images":
         subject.tokenizer = load_tokenizer(resolved.folder)
     return subject

@@ -13,9 +13,13 @@ import torch
 
 from prunekit.core.errors import ExportError
 from prunekit.modeling.kv_cache import cache_argument
+from prunekit.modeling.load import load_model
 from prunekit.modeling.quiet import quiet
+from prunekit.runtime.attention.masked import mask_by_pattern
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir
     from transformers import PreTrainedModel
 
@@ -24,6 +28,18 @@ TOTAL = f"{PAST} + {LENGTH}"
 # The tracer names the cache as transformers does: `cache` from 5.24 on, `past_key_values` before.
 _CACHE_INPUT = re.compile(r"(?:input\.)?(?:cache|past_key_values)\.layers\.(\d+)\.(key|value)s")
 _CACHE_OUTPUT = re.compile(r"(?:output\.)?(?:cache|past_key_values)\.layers\.(\d+)\.(key|value)s")
+
+
+def load_for_graph(folder: Path) -> PreTrainedModel:
+    """Model of a checkpoint folder in float32, under the pattern of its configuration as a mask where it has one.
+
+    Raises:
+        CheckpointError: as `load_model`.
+        RuntimePolicyError: for a pattern that no mask can stand for.
+    """
+    model = load_model(folder)
+    mask_by_pattern(model)
+    return model
 
 
 def is_decoder(model: PreTrainedModel) -> bool:

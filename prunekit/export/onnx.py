@@ -62,7 +62,8 @@ def export_onnx(
 ) -> OnnxReport:
     """Writes a checkpoint as ONNX and compares it with torch before the folder appears.
 
-    Weights are float32 whatever the checkpoint holds: ONNX Runtime's CPU provider has no bfloat16 arithmetic.
+    A static pattern in the configuration goes along as a mask. Weights are float32 whatever the checkpoint holds: ONNX
+    Runtime's CPU provider has no bfloat16 arithmetic.
 
     Args:
         model_folder: checkpoint folder, stock or heterogeneous.
@@ -75,18 +76,18 @@ def export_onnx(
     Raises:
         ExportError: if a package is missing, the folder is in use, the model cannot be traced, or ONNX Runtime
             computes something else than torch. Nothing is left behind then.
+        RuntimePolicyError: for a pattern that chooses by score.
     """
     require_packages()
     if out_folder.exists() and (not out_folder.is_dir() or any(out_folder.iterdir())):
         raise ExportError(f"`{out_folder}` exists and is not empty", hint="give another folder or remove it")
     from prunekit.export import ort
     from prunekit.export._sidecar import write_sidecar
-    from prunekit.export._trace import is_decoder, sample_inputs, trace
-    from prunekit.modeling.load import load_model
+    from prunekit.export._trace import is_decoder, load_for_graph, sample_inputs, trace
 
     start = time.perf_counter()
     with progress.task("exporting to ONNX", total=4, unit="stages") as task:
-        model = load_model(model_folder)
+        model = load_for_graph(model_folder)
         task.advance(1)
         graph = trace(model, opset, plain_heads)
         names = [[value.name or "" for value in values] for values in (graph.graph.inputs, graph.graph.outputs)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from prunekit.core.errors import ExportError, UsageError
 from prunekit.export._external import external_files
-from prunekit.export._trace import is_decoder, sample_inputs
+from prunekit.export._trace import is_decoder, load_for_graph, sample_inputs
 from prunekit.modeling.kv_cache import cache_argument
 
 if TYPE_CHECKING:
@@ -243,9 +243,9 @@ def compare_onnx(
         prompts: texts, run as one padded batch; a model without a tokenizer gets random ids or pixels instead.
         new_tokens: greedy tokens a prompt; decoders only.
     """
-    from prunekit.modeling.load import load_model, load_tokenizer
+    from prunekit.modeling.load import load_tokenizer
 
-    model = load_model(model_folder)
+    model = load_for_graph(model_folder)
     inputs = prompt_inputs(model, load_tokenizer(model_folder), prompts)
     stop = model.generation_config.eos_token_id if model.can_generate() else None
     ends = () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)

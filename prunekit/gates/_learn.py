@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from prunekit.checkpoint.reader import Checkpoint
+from prunekit.core.errors import UsageError
 from prunekit.core.ranks import is_first_rank, place
 from prunekit.core.registry import GATES
 from prunekit.gates._costs import Costs
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunekit.core.recipe_learn import Learn
+    from prunekit.heal._data import Data
     from prunekit.heal.scene import Objective
     from prunekit.plan.plan import Plan
     from prunekit.structure.view import ModelView
@@ -82,18 +84,20 @@ class Learned:
         plan: what goes, of the task's model.
         tensors: new values of tensors that stay, by name, in their stored types and the shapes that the plan leaves.
         about: what the learning says about itself.
+        predictors: tensors of predictors by name, where units are chosen for each input and none goes.
     """
 
     plan: Plan
     tensors: Mapping[str, Tensor]
     about: Mapping[str, Any]
+    predictors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class _Both:
     """The task's loss, and in training the gates' own beside it."""
 
     def __init__(self, objective: Objective, gates: torch.nn.Module, own: Any) -> None:
-        self.hidden_states = objective.hidden_states
+        self.hidden_states, self.teacher = objective.hidden_states, objective.teacher
         self._objective, self._gates, self._own = objective, gates, own
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
@@ -111,6 +115,49 @@ def check(asked: Learn, decoder: bool) -> None:
 
     GATES.get(asked.method)(**asked.knobs).check(decoder)
     check_texts(asked, decoder)
+
+
+def is_dynamic(asked: Learn) -> bool:
+    """Whether units are chosen for each input, so that no weight and no shape changes."""
+    return bool(getattr(GATES.get(asked.method), "dynamic", False))
+
+
+_SHAPES = {"multiple_of": 1, "min_keep": 1, "within": "model", "protect": ()}
+
+
+def check_dynamic(asked: Learn) -> None:
+    """Fails for parts of a budget that are about what is cut.
+
+    Raises:
+        UsageError: naming them.
+    """
+    odd = [f"`{name}`" for name, usual in _SHAPES.items() if getattr(asked.budget, name) != usual]
+    if odd:
+        raise UsageError(
+            f"{', '.join(odd)} of the budget of `learn` does not go with `method: {asked.method}`",
+            why="it cuts nothing: each input has units of its own",
+            hint="take it out",
+        )
+
+
+def _foretelling(gates: Any, model: Any, data: Data, asked: Learn, told: dict[str, Any]) -> Learned:
+    """Predictors beside a model that stays as it is."""
+    from prunekit.plan.plan import Plan
+
+    length = next(iter(data.inputs.values())).shape[1]
+    about = {
+        **told,
+        "dynamic": True,
+        # Models that read the whole sequence before they choose have none to wait for.
+        "tokens_first": gates.tokens,
+        "tokens": told["steps_done"] * asked.batch * length,
+        "trained_sequences": len(data.train),
+        "held_out_sequences": len(data.held_out),
+        "sequences_of": list(data.shares),
+        "threshold": 0.0,
+        **gates.told(model, data, asked.batch),
+    }
+    return Learned(Plan.make(gates.task.view), {}, about, gates.tensors())
 
 
 def learn(scene: Scene, task: Task, work: Path) -> Learned:
@@ -142,13 +189,15 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
     method = GATES.get(asked.method)(**asked.knobs)
     n_train = max(asked.batch, math.ceil(method.share * len(data.train) / asked.batch) * asked.batch)
     data = replace(data, train=data.train[:n_train])
-    weights = list(model.parameters())
-    for parameter in weights:
+    for parameter in model.parameters():
         parameter.requires_grad_(method.trains_weights)
     gates = method.gates(task).to(model.device)
     gates.attach(model, task.view)
+    of_gates = {id(parameter) for parameter in gates.parameters()}
+    weights = [parameter for parameter in model.parameters() if id(parameter) not in of_gates]
     course, own = method.course(gates, task, weights)
-    objective = _Both(method.objective(scene, data.inputs), gates, own)
+    dynamic = is_dynamic(asked)
+    objective = gates if dynamic else _Both(method.objective(scene, data.inputs), gates, own)
     settings = {**asked.model_dump(mode="json"), **asdict(method)}
     minutes = settings.pop("minutes", None)
     digests = {"cut_digest": scene.student_digest, "teacher_digest": scene.teacher_digest, "data_digest": data.digest}
@@ -162,8 +211,11 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
             shutil.rmtree(work, ignore_errors=True)
         raise
     model.eval()
+    if dynamic:
+        return _foretelling(gates, model, data, asked, {**settings, "minutes": minutes, **told})
+    gates.settle()
     chosen = gates.chosen
-    rule = float(task.costs.left((gates.log_alpha() < 0).cpu().double()))
+    rule = float(task.costs.left((gates.doubt() < 0).cpu().double()))
     length = next(iter(data.inputs.values())).shape[1]
     plan = plan_of(task, chosen.keep)
     tensors = folded(model, names, task, gates.fixed().cpu(), plan, checkpoint, method.trains_weights)
@@ -179,5 +231,6 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
         "removed": chosen.removed / task.whole,
         "removed_by_rule": (task.costs.before - rule) / task.whole,
         "changed_tensors": len(tensors),
+        **gates.told(),
     }
     return Learned(plan, tensors, about)

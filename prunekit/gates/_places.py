@@ -121,17 +121,19 @@ def attach(model: Any, view: ModelView, place: Place, factors: Factors, kept: Ca
     block = blocks_of(model)[int(number)]
     layer = output_projection(block, kind)
     if place.axis:
-        sublayer = view.sublayer(place.address)
-        units = channel_units(view.output(sublayer), place.axis, view.sizes(sublayer))
-        _attach_width(layer, factors, units)
+        attach_width(model, view, place, factors)
     elif view.norm == "post":
         _attach_post_norm(block, layer, factors, place.address)
     else:
         layer.register_forward_hook(lambda _, given, found: found * factors(found))
 
 
-def _attach_width(layer: torch.nn.Module, factors: Factors, units: Tensor) -> None:
-    """Multiplies what enters an output projection; channels of a unit share its factor."""
+def attach_width(model: Any, view: ModelView, place: Place, factors: Factors) -> None:
+    """As `attach` for units of a width: what enters the output projection is multiplied, a unit's channels alike."""
+    _, number, kind = place.address.split(".")
+    layer = output_projection(blocks_of(model)[int(number)], kind)
+    sublayer = view.sublayer(place.address)
+    units = channel_units(view.output(sublayer), place.axis, view.sizes(sublayer))
     alone = bool((units == torch.arange(len(units))).all())
 
     def gated(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

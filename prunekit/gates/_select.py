@@ -1,4 +1,4 @@
-"""From how noisy each gate is to the units that go: a threshold, minima and multiples, and the budget met."""
+"""From what speaks against each unit to the units that go: a threshold, minima and multiples, and the budget met."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Chosen:
 
     Args:
         keep: bool [units of all places].
-        threshold: units stay where their log alpha is below it; 0 is the method's own rule.
+        threshold: units stay where their doubt is below it; 0 is the method's own rule.
         removed: cost removed.
     """
 
@@ -42,7 +42,7 @@ class Chosen:
 
 
 class Chooser:
-    """Chooses so that a budget is met.
+    """Chooses so that a budget is met; `safe` are the units that it protects, bool [units of all places].
 
     Args:
         places: all units.
@@ -55,18 +55,18 @@ class Chooser:
         self._places, self._costs, self._budget, self._goal = places, costs, budget, goal
         units = [unit for place in places for unit in place.units]
         safe = protected(budget.protect, units)
-        self._safe = torch.tensor([unit in safe for unit in units])
+        self.safe = torch.tensor([unit in safe for unit in units])
 
-    def choose(self, log_alpha: Tensor) -> Chosen:
-        """What stays, by log alpha of each unit: large ones go.
+    def choose(self, doubt: Tensor) -> Chosen:
+        """What stays, by how much speaks against each unit: those above a threshold go.
 
-        The threshold is 0 where that removes what the budget asks for and hardly more; else the one nearest to 0 on the
+        That is 0 where that removes what the budget asks for and hardly more; else the one nearest to 0 on the
         way that just meets the budget.
 
         Raises:
             PlanError: if the budget cannot be met, whatever goes.
         """
-        given = log_alpha.detach().cpu().double().masked_fill(self._safe, -math.inf)
+        given = doubt.detach().cpu().double().masked_fill(self.safe, -math.inf)
         orders = [given[place.slice].argsort(stable=True) for place in self._places]
         values = [given[place.slice][order].tolist() for place, order in zip(self._places, orders, strict=True)]
         counts = self._counts(values, 0.0)

@@ -63,7 +63,7 @@ class Gates(nn.Module):
     def train(self, mode: bool = True) -> Gates:
         """In evaluation the units are chosen once, from what is learned so far."""
         super().train(mode)
-        self.chosen = None if mode else self._chooser.choose(self.log_alpha())
+        self.chosen = None if mode else self._chooser.choose(self.doubt())
         return self
 
     def factors(self, place: Place, like: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Gates(nn.Module):
         here = place.slice
         if self.chosen is not None:
             return self.chosen.keep[here].to(self.mu)
-        return torch.sigmoid(-_SHARP * self.log_alpha()[here].detach())
+        return torch.sigmoid(-_SHARP * self.doubt()[here].detach())
 
     def fixed(self) -> Tensor:
         """Factor of every unit once the choice is made, float32, no gradient."""
@@ -90,7 +90,7 @@ class Gates(nn.Module):
         mu = self.mu.detach().masked_fill(self._one.to(self.mu.device), 1.0)
         return mu * self.chosen.keep.to(mu)
 
-    def log_alpha(self) -> Tensor:
+    def doubt(self) -> Tensor:
         """log(sigma^2 / mu^2) of every unit; above 0 there is more noise than signal."""
         return self.log_variance - (self.mu.square() + _TINY).log()
 
@@ -105,8 +105,15 @@ class Gates(nn.Module):
 
     def removed(self, steepness: float) -> Tensor:
         """Cost that goes, each unit counting as left by sigmoid(-steepness log alpha), float64."""
-        kept = torch.sigmoid(-steepness * self.log_alpha()).cpu().double()
+        kept = torch.sigmoid(-steepness * self.doubt()).cpu().double()
         return self._costs.before - self._costs.left(kept)
+
+    def settle(self) -> None:
+        """Nothing: no weight of the model has another form in training."""
+
+    def told(self) -> dict[str, Any]:
+        """Nothing beside what every method says of itself."""
+        return {}
 
     def attach(self, model: Any, view: ModelView) -> None:
         """Puts every gate into a model's forward, and itself among the model's parts, so that checkpoints hold it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -93,14 +94,17 @@ class _Watch(TrainerCallback):
 
     def __init__(self, scene: Scene, work: Path, task: Task, course: Course) -> None:
         self.scene, self.work, self.task, self.course = scene, work, task, course
-        self.begun = time.monotonic()
+        self.begun = self.step_begun = time.monotonic()
+        self.step_seconds: list[float] = []
         self.stopped_by = "steps"
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.course.at_step(state.global_step)
+        self.step_begun = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.task.advance(1)
+        self.step_seconds.append(time.monotonic() - self.step_begun)
         minutes = self.scene.asked.minutes
         if minutes is not None and _any_rank(time.monotonic() - self.begun >= 60 * minutes, args.device):
             control.should_training_stop = True
@@ -192,6 +196,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         _shards.check(trainer)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _tell_speed(watch, scene, data)
         state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         # Mixed precision would stay with the model's forward.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
@@ -267,6 +272,14 @@ def _told(state: Any, watch: _Watch, steps: int) -> dict[str, Any]:
             "best_step": state.best_global_step,
         }
     return told
+
+
+def _tell_speed(watch: _Watch, scene: Scene, data: Data) -> None:
+    """How long a step takes: the median, which one that compiled, and checks between them, leave alone."""
+    if watch.step_seconds:
+        a_step = statistics.median(watch.step_seconds)
+        tokens = scene.asked.batch * next(iter(data.inputs.values())).shape[1]
+        scene.talk(f"a step took {1000 * a_step:.0f} ms, {tokens / a_step:,.0f} tokens a second")
 
 
 def _any_rank(flag: bool, device: Any) -> bool:

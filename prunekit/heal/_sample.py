@@ -7,15 +7,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from prunekit.core.errors import UsageError
 from prunekit.heal.scene import Scene
+from prunekit.modeling.kv_cache import cache_argument
 from prunekit.modeling.quiet import quiet
 
-# Of the KV cache while the teacher writes; a step takes a GPU as long for one sequence as for hundreds.
+# For the KV cache and the draws while the teacher writes; a step takes a GPU as long for one sequence as for hundreds.
 _CACHE_BYTES = {"cpu": 1e9, "mps": 2e9}
-_OF_FREE_MEMORY = 0.25
-_MOST_AT_ONCE = 2048
+_OF_FREE_MEMORY = 0.4
+_MOST_AT_ONCE = 8192
+
+
+class _Room(DynamicLayer):
+    """Keys and values of a layer in room that is taken once: nothing is copied or allocated for a further token.
+
+    Args:
+        tokens: that there is room for in each sequence.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+        self._held: list[Tensor] = []
+        self._filled = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Adds tokens [B, H, T, D] and returns all there are."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._held = [states.new_empty((*states.shape[:2], self._tokens, states.shape[3]))
+                          for states in (key_states, value_states)]  # fmt: skip
+        begin, end = self._filled, self._filled + key_states.shape[-2]
+        for held, states in zip(self._held, (key_states, value_states), strict=True):
+            held[:, :, begin:end] = states
+        self._filled = end
+        keys, values = (held[:, :, :end] for held in self._held)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _cache(model: Any, tokens: int) -> dict[str, Any]:
+    """The KV cache to write with, as an argument; none where a layer of the model does not keep every token."""
+    cache = DynamicCache(config=model.config)
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return {}
+    cache.layers = [_Room(tokens) for _ in cache.layers]
+    return {cache_argument(model): cache}
 
 
 def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iterator[Tensor]:
@@ -29,7 +69,7 @@ def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iter
         prompts: what they begin with, int64 [count, tokens]; None begins with the BOS token (EOS where there is none).
         seed: of the draws; torch's own state stays as it was.
     Returns:
-        int64 [at most 2048, T] on the CPU, several times.
+        int64 [at most 8192, T] on the CPU, several times.
     """
     length = scene.asked.length_tokens
     begin = torch.full((count, 1), _begin(scene), dtype=torch.int64) if prompts is None else prompts
@@ -42,6 +82,7 @@ def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iter
                 ids = model.generate(
                     part.to(model.device),
                     attention_mask=torch.ones_like(part).to(model.device),
+                    **_cache(model, length),
                     do_sample=True,
                     temperature=1.0,
                     top_k=0,
@@ -57,13 +98,15 @@ def sampled(scene: Scene, count: int, prompts: Tensor | None, seed: int) -> Iter
 
 
 def _at_once(model: Any, length: int, device: str) -> int:
-    """Sequences whose keys and values fit."""
+    """Sequences whose keys, values and next tokens' probabilities fit."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     a_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    # A draw holds logits, scores, probabilities and their noise in float32.
+    a_draw = 4 * 4 * config.vocab_size
     room = _OF_FREE_MEMORY * torch.cuda.mem_get_info()[0] if device == "cuda" else _CACHE_BYTES[device]
-    return max(1, min(_MOST_AT_ONCE, int(room / (a_token * length))))
+    return max(1, min(_MOST_AT_ONCE, int(room / (a_token * length + a_draw))))
 
 
 def _begin(scene: Scene) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.ranks import is_first_rank, place
-from prunekit.core.registry import HEALS
+from prunekit.core.registry import ATTENTIONS, HEALS
 from prunekit.heal.scene import Scene
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ def check(asked: Heal, decoder: bool) -> None:
     from prunekit.heal._lora import require_peft
 
     HEALS.get(asked.method)(**asked.knobs).check(decoder)
+    if asked.attention is not None:
+        if not decoder:
+            raise UsageError("`heal.attention` needs a model that writes text", why="its patterns are causal")
+        ATTENTIONS.get(asked.attention.method)(**asked.attention.knobs).check(asked.length_tokens)
     if asked.train == "lora":
         require_peft()
     check_texts(asked, decoder)
@@ -90,14 +95,16 @@ def heal(scene: Scene, work: Path) -> Healed:
         UsageError: where the data or the method does not fit the model.
     """
     from prunekit.heal import _lora, _shards
+    from prunekit.heal._attention import Switch, attending
     from prunekit.heal._checkpoints import open_work, sealed
+    from prunekit.heal._compile import compiled
     from prunekit.heal._data import gather
-    from prunekit.heal._loop import train
+    from prunekit.heal._loop import Course, train
     from prunekit.heal._weights import names_of, round_as_stored
     from prunekit.modeling.load import load_model
     from prunekit.modeling.quiet import quiet
 
-    asked = cast("Heal", scene.asked)
+    asked, course = cast("Heal", scene.asked), Course()
     checkpoint = Checkpoint.open(scene.student)
 
     def load(device: str) -> Any:
@@ -116,9 +123,16 @@ def heal(scene: Scene, work: Path) -> Healed:
     if is_first_rank():
         open_work(work, {**settings, **digests})
     try:
-        with quiet():
+        with quiet(), ExitStack() as stack:
             trained = _lora.adapted(model, asked) if asked.train == "lora" else model
-            told, state = train(trained, objective, data, scene, work)
+            for each in (model, objective.teacher) if asked.compile else ():
+                if each is not None:
+                    stack.enter_context(compiled(each))
+            if asked.attention is not None:
+                switch = Switch(asked)
+                stack.enter_context(attending(model, switch))
+                course = Course(at_step=switch.at_step)
+            told, state = train(trained, objective, data, scene, work, course)
     except BaseException:
         if is_first_rank() and not sealed(work):
             shutil.rmtree(work, ignore_errors=True)

@@ -97,12 +97,13 @@ class Scene:
 
 
 class Objective(Protocol):
-    """What is made small. `hidden_states`: whether the model must give them.
+    """What is made small. `hidden_states`: whether the model must give them; `teacher`: a model run at every step.
 
     Called with the student's outputs, its inputs by name, and the numbers of the rows in the data, int64 [B].
     """
 
     hidden_states: bool
+    teacher: Any
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         """The loss, a mean over tokens."""

@@ -409,6 +409,16 @@ def output_projection(block: nn.Module, kind: str) -> nn.Module:
     return block.get_submodule(next(path for path, (side, _) in linears.items() if side == "in"))
 
 
+def projections(block: nn.Module, kind: str) -> tuple[str, dict[str, tuple[str, str]]]:
+    """The module of a block that a sub-layer's input enters first, and its layers that lead to units or back from them.
+
+    Returns:
+        A path, and by path of each layer its side with the units (`out` or `in`) and the unit, as this file has them.
+    """
+    sublayer = _sublayer(block, kind)
+    return sublayer.counts, dict(sublayer.linears)
+
+
 def skip(block: nn.Module, kind: str) -> None:
     """Makes a sub-layer the identity on the residual stream for good; its parameters are gone, its norm's too.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from prunekit.pipeline.healing import (
 )
 from prunekit.pipeline.inputs import check_evaluation, device_of, tokenizer_for
 from prunekit.pipeline.measure import Measurer, kl_windows, sections_of, subject_of, tasks_of
+from prunekit.pipeline.pattern import check_pattern, under_pattern, write_pattern
 from prunekit.pipeline.repair import as_stored, put_into, repair_inputs, with_repair
 from prunekit.pipeline.story import ONNX, write_story
 from prunekit.plan.loads import loads
@@ -38,6 +40,13 @@ if TYPE_CHECKING:
     from prunekit.export.verify import Reference, VerifyReport
     from prunekit.plan.plan import Plan
     from prunekit.structure.view import ModelView
+
+
+# Said beside where the result loads.
+DYNAMIC = {
+    "chosen units": "yes: dynamic: shapes unchanged, no parameter saved; `prunekit.modeling.dynamic` computes the "
+    "chosen units of one sequence at a time, every other loader the dense model"
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Result:
         return {
             "output": str(self.output),
             "layout": made.layout.kind,
-            "loads": loads(made.view, made.plan, made.layout),
+            "loads": {**loads(made.view, made.plan, made.layout), **(DYNAMIC if made.predictors else {})},
             "before": dict(self.before),
             **({"cut": dict(self.cut), "heal": dict(self.heal)} if self.heal else {}),
             "after": dict(self.after),
@@ -154,6 +163,7 @@ def _check_first(recipe: Recipe, output: Path, overwrite: bool) -> None:
         raise ExportError(f"`{output}` is the model itself", hint="give another folder")
     _require_formats(recipe, view, None)
     check_evaluation(view, recipe)
+    check_pattern(view, recipe)
     check_healing(view, recipe)
     learning.check_learning(view, recipe)
     tokenizer = tokenizer_for(view, recipe) if _needs_tokenizer(recipe) else None
@@ -186,6 +196,13 @@ def _finish(
 
     talk(f"writing a {made.layout.kind} checkpoint")
     engine.apply(made.view, made.plan, folder, recipe.export.max_shard_bytes, progress, made.layout, replaced_of(made))
+    write_pattern(recipe, made, folder)
+    if made.predictors:
+        from prunekit.modeling.dynamic import write_predictors
+
+        write_predictors(
+            folder, made.predictors, {"method": made.learn["method"], "tokens": made.learn["tokens_first"]}
+        )
     clock.lap("cut")
     talk("measuring before and after")
     tokenizer = tokenizer_for(made.view, recipe) if _needs_tokenizer(recipe) else None
@@ -215,10 +232,7 @@ def _finish(
     if ONNX in exports:
         after |= {"onnx_bytes": exports[ONNX]["file_bytes"], "onnx_max_abs_diff": exports[ONNX]["max_abs_diff"]}
     if latency.get("on") == "onnxruntime":
-        from prunekit.evaluate.onnx import OnnxModel
-
-        talk("measuring one pass of the result in ONNX Runtime")
-        latency |= pass_times(latency, OnnxModel(folder / ONNX, onnx_device(device_of(recipe))))
+        latency |= _onnx_times(recipe, made, latency, folder / ONNX, progress, talk)
         clock.lap("latency")
     if latency:
         before["latency_ms"], after["latency_ms"] = latency.get("dense_measured_ms"), latency["measured_ms"]
@@ -263,6 +277,24 @@ def write_exports(
         yield name, TARGETS[name].write(folder, folder / name, options, progress).to_json()
 
 
+def _onnx_times(
+    recipe: Recipe, made: Made, latency: Mapping[str, Any], graph: Path, progress: Progress, talk: Talk
+) -> dict[str, float]:
+    """What one pass of the exported result takes, beside the dense model's where that is small enough to export."""
+    from prunekit.evaluate.onnx import OnnxModel
+    from prunekit.export.onnx import export_onnx
+
+    device = onnx_device(device_of(recipe))
+    with tempfile.TemporaryDirectory(prefix="prunekit-dense-") as folder:
+        dense = None
+        if made.before.params <= REFERENCE_PARAMS:
+            talk("exporting the dense model, to be measured beside the result")
+            export_onnx(made.view.checkpoint.folder, Path(folder) / ONNX, progress)
+            dense = OnnxModel(Path(folder) / ONNX, device)
+        talk("measuring one pass in ONNX Runtime")
+        return pass_times(latency, OnnxModel(graph, device), dense)
+
+
 def _measured(measurer: Measurer, made: Made, dense: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measurements of the dense model and of the cut one."""
     from prunekit.modeling.load import load_tokenizer
@@ -284,7 +316,13 @@ def made_from(recipe: Recipe, made: Made) -> str:
 def _again(measurer: Measurer, dense: Any, folder: Path) -> dict[str, Any]:
     """What can only be known of the folder as it is."""
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"file_bytes": file_bytes, **measurer.measure(measurer.load(folder), dense)}
+    from prunekit.modeling.dynamic import dynamic
+
+    loaded = measurer.load(folder)
+    if measurer.recipe.runtime is not None:
+        under_pattern(loaded)
+    with dynamic(loaded, folder) as model:
+        return {"file_bytes": file_bytes, **measurer.measure(model, dense)}
 
 
 def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:

@@ -19,6 +19,7 @@ from prunekit.core.types import Order, OrderStep, Scores
 from prunekit.pipeline.costs import costs_of
 from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, offloaded, selected_batch, tokenizer_for
 from prunekit.pipeline.learning import check_learning, learned_after
+from prunekit.pipeline.pattern import check_pattern
 from prunekit.pipeline.trim import with_vocabulary
 from prunekit.pipeline.weights import reading
 from prunekit.plan.after import after
@@ -63,6 +64,7 @@ class Made:
         repair: what the repair says about itself; empty without one.
         learned: new values of tensors by name, as `learn` leaves them in the cut model.
         learn: what the learning says about itself; empty without one.
+        predictors: tensors of what chooses units for each input; empty where that is not learned.
         latency: the target of a latency budget, what was predicted, and the cost table; empty without one.
     """
 
@@ -77,6 +79,7 @@ class Made:
     repair: Mapping[str, Any] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     learn: Mapping[str, Any] = field(default_factory=dict)
+    predictors: Mapping[str, Tensor] = field(default_factory=dict)
     latency: Mapping[str, Any] = field(default_factory=dict)
     vocab: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,11 +108,12 @@ def make_plan(
         require_one_process("latency_ms")
     table = costs_of(recipe, view, device_of(recipe), progress, talk)
     check_learning(view, recipe)
+    check_pattern(view, recipe)
     plan, orders = Plan.make(view), []
     with joined() as ranks:
         for number, step in enumerate(recipe.steps, 1):
             talk(f"step {number} of {len(recipe.steps)}: remove {step.remove} by {step.by.name}")
-            with Bench(recipe, view, plan, progress, table, ranks) as bench:
+            with Bench(recipe, view, plan, progress, table, ranks, talk) as bench:
                 cuts, found = _choose(obedient(recipe, step, view, plan), bench)
             plan = plan.then(view, cuts)
             orders.append(found)
@@ -118,7 +122,7 @@ def make_plan(
     learned = None
     if recipe.learn is not None:
         talk(f"learning masks by {recipe.learn.method}")
-        with Bench(recipe, view, plan, progress) as bench:
+        with Bench(recipe, view, plan, progress, talk=talk) as bench:
             learned = learned_after(recipe, view, bench.view, plan, bench.folder, work, progress, talk)
         plan = plan.then(view, learned.plan)
     require_met(recipe, view, plan)
@@ -126,7 +130,7 @@ def make_plan(
     latency = {} if table is None else _predicted(recipe, view, plan, table)
     made = Made(source, view, plan, layout, cost(view), cost(view, plan), tuple(orders), latency=latency)
     if learned is not None:
-        made = replace(made, learned=learned.tensors, learn=learned.about)
+        made = replace(made, learned=learned.tensors, learn=learned.about, predictors=learned.predictors)
     return with_vocabulary(recipe, made, talk)
 
 
@@ -154,6 +158,7 @@ class Bench:
         progress: bars.
         table: what latency budgets are reckoned by; None without one.
         ranks: processes that choose together.
+        talk: told in a line what happens now.
     """
 
     def __init__(
@@ -164,9 +169,10 @@ class Bench:
         progress: Progress,
         table: CostTable | None = None,
         ranks: Ranks = ALONE,
+        talk: Talk = silent,
     ) -> None:
         self.recipe, self.source, self.plan, self.progress = recipe, source, plan, progress
-        self.table, self.ranks = table, ranks
+        self.table, self.ranks, self.talk = table, ranks, talk
         self.view = after(source, plan)
         self._open = ExitStack()
 
@@ -182,7 +188,7 @@ class Bench:
         calibrate, tokenizer = self.recipe.calibrate, tokenizer_for(self.source, self.recipe)
         select = calibrate.select
         if select is not None:
-            return self.ranks.of_first(lambda: selected_batch(self.source, tokenizer, self.recipe, select))
+            return self.ranks.of_first(lambda: selected_batch(self.source, tokenizer, self.recipe, select, self.talk))
         return model_batch(self.source, tokenizer, calibrate, calibrate.seed)
 
     @cached_property

@@ -32,9 +32,13 @@ _BLOCK_BYTES = 512 * 2**20
 # Each model run in ONNX Runtime is exported first, which takes seconds a block.
 _ONNX_BLOCKS = 4
 _WIDTHS_MEASURED = 4
-# Short passes are run until they took this long together, or so often.
-_LEAST_SECONDS = 1.0
+# Passes go on until their median is known this well, by its standard error, or took so long, or are so many.
+_KNOWN = 0.004
+_LEAST_SECONDS = 2.0
+_MOST_SECONDS = 12.0
 _MOST_PASSES = 200
+# Tables measured in another way are not read back.
+_WAY = 2
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,9 @@ class Pass:
         tokens: in each; images have their own.
         device: where torch runs, such as `cuda`; ONNX Runtime too where it can.
         dtype: of the weights in torch.
-        repeats: passes of each model at least, of which the fastest counts.
+        repeats: passes of each model at least.
         widths: width kinds that are measured besides whole sub-layers.
-        blocks: that are run; None takes as many as hold 512 MiB of weights, four in ONNX Runtime.
+        blocks: that are run; None takes as many as hold 512 MiB of weights, four at most in ONNX Runtime.
     """
 
     on: Runtime = "torch"
@@ -112,7 +116,7 @@ def cached_costs(
     from prunekit.core.files import write_json
     from prunekit.evaluate.task import digest
 
-    key = [VERSION, model_of(view), len(view.blocks), asked.__dict__, environment(asked)]
+    key = [VERSION, _WAY, model_of(view), len(view.blocks), asked.__dict__, environment(asked)]
     file = cache_folder() / "costs" / f"{view.model_type}-{asked.on}-{digest(key)[:32]}.json"
     if not fresh:
         with suppress(OSError, ValueError):
@@ -131,7 +135,8 @@ def measure_costs(view: ModelView, asked: Pass, progress: Progress = NULL_PROGRE
     """Runs a few of the model's blocks whole, without their attentions, without their FFNs, and with narrower ones.
 
     A sub-layer costs what the pass takes less without it, divided by how many went. Each cut model takes turns with the
-    whole one, pass by pass, so that a machine that slows down slows both; the fastest pass of each counts.
+    whole one, and what counts is the median over the turns of its share of the whole one's time: a machine that slows
+    down slows both, and a pass that something else interrupted is one of many.
 
     Args:
         view: the model.
@@ -150,29 +155,33 @@ def measure_costs(view: ModelView, asked: Pass, progress: Progress = NULL_PROGRE
     ):
         whole = _runner(view, _drop_others(view, chosen), Path(folder) / "whole", asked)
         task.advance(1)
-        fastest = math.inf
-        for number, (kind, width, plan) in enumerate(probes):
+        fastest: list[float] = []
+        shares: list[float] = []
+        for number, (_, _, plan) in enumerate(probes):
             cut = _runner(view, plan, Path(folder) / str(number), asked)
-            took = _in_turn([whole, cut], asked.repeats)
-            fastest = min(fastest, *took[0])
-            saved = 1e3 * (min(took[0]) - min(took[1]))
-            full = model[kind][AXES[kind]]
-            if width == 0:
-                tables[kind][full] = max(0.0, saved / (len(chosen) - 1))
-            else:
-                tables[kind][width] = max(0.0, tables[kind][full] - saved / len(chosen))
+            took = _in_turn(cut, whole, repeats=asked.repeats)
+            fastest.append(1e3 * min(took[1]))
+            shares.append(_share(took))
             task.advance(1)
+    # Not the least of them: what is predicted is compared with the fastest pass of one measurement.
+    whole_ms = statistics.median(fastest)
+    for (kind, width, _), share in zip(probes, shares, strict=True):
+        saved, full = whole_ms * (1 - share), model[kind][AXES[kind]]
+        if width == 0:
+            tables[kind][full] = max(0.0, saved / (len(chosen) - 1))
+        else:
+            tables[kind][width] = max(0.0, tables[kind][full] - saved / len(chosen))
     parts = sum(tables[kind][model[kind][axis]] for kind, axis in AXES.items())
     return CostTable(
         on=asked.on,
         batch=asked.batch,
         tokens=asked.tokens,
         model=model,
-        overhead_ms=max(0.0, 1e3 * fastest - len(chosen) * parts),
+        overhead_ms=max(0.0, whole_ms - len(chosen) * parts),
         attention=tables["attention"],
         ffn=tables["ffn"],
         environment=environment(asked),
-        measured={"blocks": len(chosen), "repeats": asked.repeats, "whole_ms": 1e3 * fastest},
+        measured={"blocks": len(chosen), "repeats": asked.repeats, "whole_ms": whole_ms},
     )
 
 
@@ -180,26 +189,36 @@ def pass_times(latency: Mapping[str, Any], model: Any, dense: Any = None, repeat
     """What one pass of a written result takes, and how the prediction compares.
 
     Args:
-        latency: `batch`, `tokens` and `predicted_ms` of a plan.
+        latency: `batch`, `tokens`, `predicted_ms` and `dense_predicted_ms` of a plan.
         model: the result, in eval mode, or its ONNX graph called as one.
-        dense: the model before the cut, which then takes turns with the result, so that a machine that slows down slows
-            both; None where it is not at hand.
+        dense: the model before the cut, run in the same way, which then takes turns with the result, so that a machine
+            that slows down slows both; None where it is not at hand.
         repeats: passes of each at least; one that does not count comes first.
     Returns:
-        `measured_ms` (the fastest pass), `measured_p50_ms`, `predicted_to_measured`, and with a dense model
-        `dense_measured_ms`.
+        `measured_ms` (the fastest pass), `measured_p50_ms` and `predicted_to_measured`. With a dense model also
+        `dense_measured_ms`; `predicted_share` and `measured_share`, the times as shares of the dense model's, the
+        latter the median over the turns; and `share_predicted_to_measured`.
     """
     from prunekit.evaluate.latency import one_pass
 
     models = [model] if dense is None else [model, dense]
-    took = _in_turn([one_pass(one, latency["batch"], latency["tokens"])[0] for one in models], repeats)
+    took = _in_turn(*[one_pass(one, latency["batch"], latency["tokens"])[0] for one in models], repeats=repeats)
     fastest = 1e3 * min(took[0])
     found = {
         "measured_ms": fastest,
         "measured_p50_ms": 1e3 * statistics.median(took[0]),
         "predicted_to_measured": latency["predicted_ms"] / fastest,
     }
-    return found if dense is None else {**found, "dense_measured_ms": 1e3 * min(took[1])}
+    if dense is None:
+        return found
+    predicted, measured = latency["predicted_ms"] / latency["dense_predicted_ms"], _share(took)
+    return {
+        **found,
+        "dense_measured_ms": 1e3 * min(took[1]),
+        "predicted_share": predicted,
+        "measured_share": measured,
+        "share_predicted_to_measured": predicted / measured,
+    }
 
 
 def environment(asked: Pass) -> dict[str, Any]:
@@ -298,15 +317,38 @@ def _runner(view: ModelView, plan: Plan, folder: Path, asked: Pass) -> Callable[
     return one_pass(model, asked.batch, asked.tokens)[0]
 
 
-def _in_turn(runners: Sequence[Callable[[], tuple[Any, float]]], repeats: int) -> list[list[float]]:
-    """Seconds of every pass of each runner, taking turns; the first round does not count, short passes run more."""
+def _in_turn(*runners: Callable[[], tuple[Any, float]], repeats: int) -> list[list[float]]:
+    """Seconds of every pass of one runner, or of two that take turns; the first round does not count.
+
+    The more the passes scatter, the more there are, until the median of what is asked of them is known.
+    """
     import torch
 
     took: list[list[float]] = [[] for _ in runners]
     with torch.no_grad():
         for run in runners:
             run()
-        while len(took[0]) < repeats or (sum(took[0]) < _LEAST_SECONDS and len(took[0]) < _MOST_PASSES):
+        while not _enough(took, repeats):
             for run, found in zip(runners, took, strict=True):
                 found.append(run()[1])
     return took
+
+
+def _enough(took: Sequence[Sequence[float]], repeats: int) -> bool:
+    passes, seconds = len(took[0]), sum(map(sum, took))
+    if passes < max(2, repeats) or (seconds < _LEAST_SECONDS and passes < _MOST_PASSES):
+        return False
+    values = _shares(took) if len(took) == 2 else took[0]
+    low, middle, high = statistics.quantiles(values, n=4)
+    # Of the median of normally distributed values with this distance between their quartiles.
+    error = 0.93 * (high - low) / math.sqrt(passes)
+    return error <= _KNOWN * middle or seconds > _MOST_SECONDS or passes >= _MOST_PASSES
+
+
+def _shares(took: Sequence[Sequence[float]]) -> list[float]:
+    """Of each turn, the first one's time as a share of the second one's."""
+    return [one / other for one, other in zip(*took, strict=True)]
+
+
+def _share(took: Sequence[Sequence[float]]) -> float:
+    return statistics.median(_shares(took))

@@ -28,6 +28,7 @@ from prunekit.pipeline.story import MANIFEST, write_recipe
 from prunekit.plan.layout import Pair, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
+from prunekit.surgery.config import without_predictors
 from prunekit.surgery.engine import MODELING_FILE
 from prunekit.surgery.sidecar import model_files, write_model_files
 
@@ -147,6 +148,9 @@ def _finish(recipe: Recipe, dense: ModelView, scene: Scene, healed: Healed, outp
     changed = healed.write(fresh, recipe.export.max_shard_bytes, scene.progress)
     write_model_files(folder, model_files(folder), fresh)
     shutil.copyfile(folder / "config.json", fresh / "config.json")
+    config = json.loads((fresh / "config.json").read_text("utf-8"))
+    if without_predictors(config) != config:
+        write_json(fresh / "config.json", without_predictors(config))
     if (folder / MODELING_FILE).is_file():
         shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, fresh / MODELING_FILE)
     reference = reference_of(healed, fresh)

@@ -115,7 +115,7 @@ def scene_of(
         device=device,
         matches=None if pairs is None else matches(pairs, len(view.blocks)),
         trust_remote_code=trusted,
-        choose=chooser(asked.select, load_teacher, asked.seed, talk),
+        choose=None if asked.select is None else chooser(asked.select, load_teacher, asked.seed, talk),
         made_from=made_from,
         progress=progress,
         talk=talk,

@@ -49,23 +49,31 @@ def model_batch(view: ModelView, tokenizer: Any, data: Calibrate | Embedding, se
     return {"input_ids": token_batch(tokenizer, data.data, data.sequences, data.length_tokens, seed)}
 
 
-def selected_batch(view: ModelView, tokenizer: Any, recipe: Recipe, select: Select) -> Mapping[str, Tensor]:
-    """Calibration inputs that a data-pruning metric keeps, scored by the model before any cut."""
-    from prunekit.datasets.calibration import pool_size, selected
+def selected_batch(
+    view: ModelView, tokenizer: Any, recipe: Recipe, select: Select, talk: Callable[[str], None]
+) -> Mapping[str, Tensor]:
+    """Calibration inputs that a data-pruning metric keeps, scored by the model before any cut.
+
+    Args:
+        talk: told which sequences stay, and why.
+    """
+    from prunekit.datasets.calibration import pool_size
     from prunekit.modeling.load import load_model
 
     calibrate, device = recipe.calibrate, device_of(recipe)
     more = calibrate.model_copy(update={"sequences": pool_size(calibrate.sequences, select)})
     pool = model_batch(view, tokenizer, more, calibrate.seed)
     folder, remote = view.checkpoint.folder, recipe.model.trust_remote_code
-    model = load_model(folder, dtype_of(recipe, view, device), device, remote)
-    return selected(pool, calibrate.sequences, select, model, calibrate.seed)[0]
+    choose = chooser(
+        select, lambda: load_model(folder, dtype_of(recipe, view, device), device, remote), calibrate.seed, talk
+    )
+    return choose(pool, calibrate.sequences)
 
 
 def chooser(
-    select: Select | None, load_model: Callable[[], Any], seed: int, talk: Callable[[str], None]
-) -> Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]] | None:
-    """What keeps, of the rows of a text, those that a data-pruning metric prefers; None where nothing is asked for.
+    select: Select, load_model: Callable[[], Any], seed: int, talk: Callable[[str], None]
+) -> Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]]:
+    """What keeps, of the rows of a text, those that a data-pruning metric prefers.
 
     Args:
         select: metric and rule.
@@ -74,9 +82,6 @@ def chooser(
         talk: told which rows stay, and why.
     """
     from prunekit.datasets.calibration import pool_size, selected
-
-    if select is None:
-        return None
 
     def choose(rows: Mapping[str, Tensor], count: int) -> Mapping[str, Tensor]:
         pool = {name: part[: pool_size(count, select)] for name, part in rows.items()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.ranks import place
+from prunekit.core.registry import GATES
 from prunekit.heal.scene import Scene
 from prunekit.modeling.load import load_model
 from prunekit.pipeline.inputs import chooser, device_of, reads, tokenizer_for
@@ -75,7 +76,7 @@ def learned_after(
             decoder=reads(source) == "text",
             device=device,
             trust_remote_code=trusted,
-            choose=chooser(asked.select, load_teacher, asked.seed, talk),
+            choose=None if asked.select is None else chooser(asked.select, load_teacher, asked.seed, talk),
             made_from=json.dumps(plan.to_json(), sort_keys=True),
             progress=progress,
             talk=talk,
@@ -111,10 +112,10 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         view: the model before any cut.
         recipe: the recipe.
     Raises:
-        UsageError: if the model, the device, a text or the repair does not do.
+        UsageError: if the model, the device, a text, a knob or the repair does not do.
         PlanError: if the budget cannot be met by all that can go, or the result not be of the form asked for.
     """
-    from prunekit.gates._learn import check
+    from prunekit.gates._learn import check, is_dynamic
     from prunekit.pipeline.healing import check_training
 
     asked = recipe.learn
@@ -122,14 +123,42 @@ def check_learning(view: ModelView, recipe: Recipe) -> None:
         return
     check_training(view, recipe, asked)
     check(asked, reads(view) == "text")
-    if recipe.repair is not None and asked.knobs.get("variant") in ("full", "fast"):
+    if recipe.repair is not None and GATES.get(asked.method)(**asked.knobs).trains_weights:
         raise UsageError(
             "`repair` does not go with trained weights",
             why="it would fit the dense model's matrices in the place of those that `learn` trained",
-            hint="use `variant: faster`, or leave `repair` out",
+            hint="leave `repair` out, or learn masks alone: `method: vib`, `variant: faster`",
         )
-    if not recipe.steps:
+    if is_dynamic(asked):
+        _check_dynamic(view, recipe)
+    elif not recipe.steps:
         _rehearse(recipe, view)
+
+
+def _check_dynamic(view: ModelView, recipe: Recipe) -> None:
+    """Fails where units are to be chosen for each input and something else asks for another model.
+
+    Raises:
+        UsageError: for what does not go together.
+        PlanError: if the budget cannot be met.
+    """
+    from prunekit.core.registry import GATES
+    from prunekit.gates._learn import check_dynamic
+
+    asked = recipe.learn
+    others = [name for name in ("repair", "heal", "vocab") if getattr(recipe, name) is not None]
+    others += ["export.formats: " + name for name in recipe.export.formats if name != "safetensors"]
+    if asked is None or others:
+        name = asked.method if asked is not None else ""
+        raise UsageError(
+            f"`learn.method: {name}` does not go with {', '.join(f'`{other}`' for other in others)}",
+            why="it chooses units for each input, of a model that stays as it is",
+            hint="take them out; cut and heal first, then learn to choose in the folder written",
+        )
+    check_dynamic(asked)
+    task = task_of(recipe, view, view)
+    task.check()
+    GATES.get(asked.method)(**asked.knobs).gates(task)
 
 
 def _rehearse(recipe: Recipe, view: ModelView) -> None:
@@ -137,6 +166,7 @@ def _rehearse(recipe: Recipe, view: ModelView) -> None:
 
     Raises:
         PlanError: if that is not possible.
+        UsageError: if a knob does not fit the model.
     """
     import torch
 
@@ -147,6 +177,7 @@ def _rehearse(recipe: Recipe, view: ModelView) -> None:
     plan = plan_of(task, task.chooser.choose(noise).keep)
     require_met(recipe, view, plan)
     choose_layout(view, plan, recipe.export.layout)
+    GATES.get(task.asked.method)(**task.asked.knobs).gates(task)
 
 
 def work_folder(output: Path) -> Path:
@@ -160,7 +191,16 @@ def notes_of(about: Mapping[str, Any]) -> list[str]:
         return []
     from prunekit.pipeline.healing import texts_of
 
-    moved = "" if not about["threshold"] else f" Threshold of log alpha moved to {about['threshold']:.3g}."
+    if about.get("dynamic"):
+        first = f" after the first {about['tokens_first']} tokens of a sequence" if about["tokens_first"] else ""
+        return [
+            f"Dynamic: shapes unchanged, no parameter saved. Predictors by {about['method']} choose "
+            f"{', '.join(about['remove'])} for each input{first}: {about['steps_done']} steps, {about['tokens']:,} "
+            f"tokens; data: {texts_of(about)}. {about['removed']:.1%} of the blocks' {about['budget']['of']} are not "
+            f"computed for one sequence; {about['foretold']:.1%} of the units were foretold right. Figures after are "
+            "measured with the chosen units alone."
+        ]
+    moved = "" if not about["threshold"] else f" Threshold moved to {about['threshold']:.3g}."
     return [
         f"Masks by {about['method']} over {', '.join(about['remove'])}: {about['steps_done']} steps, "
         f"{about['tokens']:,} tokens; data: {texts_of(about)}. Removed {about['removed']:.1%} of the blocks' "

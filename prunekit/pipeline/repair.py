@@ -62,7 +62,8 @@ def repair_inputs(recipe: Recipe, view: ModelView) -> dict[str, Tensor]:
     """
     if recipe.repair is None:
         return {}
-    REPAIRS.get(recipe.repair.method).require(view, [step.remove for step in recipe.steps])
+    kinds = [*(step.remove for step in recipe.steps), *(recipe.learn.remove if recipe.learn else ())]
+    REPAIRS.get(recipe.repair.method).require(view, kinds)
     asked = recipe.repair.calibrate
     return model_batch(view, tokenizer_for(view, recipe), asked, asked.seed)
 

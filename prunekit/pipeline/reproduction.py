@@ -18,6 +18,7 @@ from prunekit.pipeline.carry_out import made_from, replaced_of, write_exports
 from prunekit.pipeline.choose import Made, Talk, make_plan, silent
 from prunekit.pipeline.healing import healed_in_place, scene_of, work_folder
 from prunekit.pipeline.origins import data_digests, derived, source_digests
+from prunekit.pipeline.pattern import write_pattern
 from prunekit.pipeline.repair import with_repair
 from prunekit.pipeline.story import MANIFEST, ONNX, write_recipe
 from prunekit.structure.view import ModelView
@@ -187,6 +188,7 @@ def _rebuild(
         made = with_repair(moved, made, progress)
     talk(f"writing a {made.layout.kind} checkpoint")
     engine.apply(made.view, made.plan, fresh, recipe.export.max_shard_bytes, progress, made.layout, replaced_of(made))
+    write_pattern(recipe, made, fresh)
     if recipe.heal is not None:
         talk(f"healing by {recipe.heal.method}")
         pairs, origin = made.layout.pairs, made_from(moved, made)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.core.files import write_json, write_text
 from prunekit.core.progress import Progress
-from prunekit.pipeline import learning
+from prunekit.pipeline import learning, pattern
 from prunekit.pipeline.healing import notes_of
 from prunekit.pipeline.origins import derived, source_digests
 
@@ -45,6 +45,7 @@ def write_story(recipe: Recipe, folder: Path, result: Result, progress: Progress
         **{key: value for key, value in data.items() if key != "output"},
         "notes": [
             *_notes(recipe),
+            *pattern.notes_of(recipe),
             *learning.notes_of(made.learn),
             *notes_of(result.heal),
             *_latency_notes(result.latency),
@@ -95,9 +96,8 @@ def _latency_notes(latency: Mapping[str, Any]) -> list[str]:
     if not latency:
         return []
     shares = ""
-    if "dense_measured_ms" in latency:
-        predicted = latency["predicted_ms"] / latency["dense_predicted_ms"]
-        measured = latency["measured_ms"] / latency["dense_measured_ms"]
+    if "measured_share" in latency:
+        predicted, measured = latency["predicted_share"], latency["measured_share"]
         shares = f"; of the dense model's time {predicted:.3f} predicted, {measured:.3f} measured"
     what = f"One pass of {latency['batch']} x {latency['tokens']} tokens in {latency['on']}"
     return [

@@ -84,6 +84,7 @@ class CardFacts:
         missed: limits of the recipe that the model does not keep, as sentences.
         report: file name of the HTML report, "" for none.
         results: measurements for the card's `model-index`.
+        pattern: name of the pattern that the result reads by, "" for none.
     """
 
     title: str
@@ -105,6 +106,7 @@ class CardFacts:
     missed: Sequence[str] = ()
     report: str = ""
     results: Sequence[Score] = ()
+    pattern: str = ""
 
 
 def card_facts(run: Run, auto_class: str, layer_map: str = "", report: str = "") -> CardFacts:
@@ -137,6 +139,7 @@ def card_facts(run: Run, auto_class: str, layer_map: str = "", report: str = "")
         formats=tuple(name for name in run.exports if name != "onnx"),
         report=report,
         results=_results(run),
+        pattern=str(part(run.recipe, "runtime", "attention").get("pattern", "")),
         missed=missed,
     )
 
@@ -279,6 +282,10 @@ def _loading(facts: CardFacts) -> list[str]:
         parts += ["Without it, through the code in this folder:", _fence("python", shipped)]
     else:
         parts = [_fence("python", plain)]
+    if facts.pattern:
+        sparse = plain.replace('("PATH")', '("PATH", attn_implementation="prunekit")')
+        parts += [f"Reading by the pattern `{facts.pattern}`, with prunekit installed; all else above reads every key:"]
+        parts += [_fence("python", f"import prunekit\n{sparse}")]
     if facts.onnx:
         parts.append(f"ONNX files are in `{facts.onnx}/`.")
     parts += [f"`{name}/`: {_FORMATS[name]}." for name in facts.formats if name in _FORMATS]

@@ -25,9 +25,23 @@ def cut_config(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     Raises:
         SurgeryError: if the format cannot say what is left, or the model computes something else once blocks move.
     """
-    if layout.kind == "heterogeneous":
-        return _heterogeneous(view, plan, layout)
-    return _stock(view, plan, layout)
+    config = _heterogeneous(view, plan, layout) if layout.kind == "heterogeneous" else _stock(view, plan, layout)
+    runtime = (config.get("prunekit") or {}).get("runtime") or {}
+    if "made_for" in (runtime.get("attention") or {}):
+        # The pattern was chosen for the model before the cut, and goes along.
+        attention = {key: value for key, value in runtime["attention"].items() if key != "made_for"}
+        config = config | {"prunekit": config["prunekit"] | {"runtime": runtime | {"attention": attention}}}
+    return without_predictors(config)
+
+
+def without_predictors(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that names no predictors of chosen units: those of another model would foretell nothing."""
+    section = config.get("prunekit") or {}
+    if "dynamic" not in section:
+        return config
+    others = {key: value for key, value in section.items() if key != "dynamic"}
+    return {**{key: value for key, value in config.items() if key != "prunekit"},
+            **({"prunekit": others} if others else {})}  # fmt: skip
 
 
 def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:

@@ -38,6 +38,13 @@ def test_a_failed_check_takes_the_ratios_away_and_is_an_error(monkeypatch, capsy
     assert "checks failed, so no ratio is given" in said.out + said.err
 
 
+def test_strict_wants_kernels(capsys) -> None:
+    assert main([*SMALL, "--strict"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["what"] == "no kernel runs here"
+    assert "the tensors are on `cpu`" in error["why"]
+
+
 def test_lengths_of_nothing_are_refused(capsys) -> None:
     assert main(["bench", "attention", "--length", "0"]) == 2
     assert "are counts" in capsys.readouterr().err

@@ -88,6 +88,22 @@ def test_what_exists_is_not_replaced_unasked(films: Path, capsys) -> None:
     assert run("score", films, "--metric", "random", "-q", "--overwrite") == 0
 
 
+def test_images_that_are_left_out_are_counted_and_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Path("pictures/red").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save("pictures/red/good.png")
+    Path("pictures/red/bad.png").write_bytes(b"nothing")
+    assert run("score", "pictures", "--metric", "random") == 2
+    assert "--skip-bad" in capsys.readouterr().err
+    assert run("score", "pictures", "--metric", "random", "--skip-bad") == 0
+    error = capsys.readouterr().err
+    assert "left out, since they cannot be read: 1 of 2 images" in error
+    assert "red/bad.png: its 7 bytes are no image of a known kind" in error
+
+
 def test_knobs_go_to_all_metrics_or_to_the_one_named() -> None:
     found = knobs_of(["el2n", "loss"], ["epochs=2", "el2n.models=3"])
     assert found == {"el2n": {"epochs": 2, "models": 3}, "loss": {"epochs": 2}}

@@ -43,6 +43,7 @@ def test_explain_shows_the_whole_card(role: str, name: str, capsys) -> None:
     sections = {"repair": "repair", "heal": "heal", "gate": "learn"}
     uses = {role: f"{section}: {{method: {name}" for role, section in sections.items()}
     uses["metric"] = f"--metric {name}"
+    uses["attention"] = f"attention: {{method: {name}"
     assert uses.get(role, f"by: {{{role}: {name}") in text
 
 
@@ -50,7 +51,7 @@ def test_explain_shows_the_whole_card(role: str, name: str, capsys) -> None:
 def test_each_method_explains_each_knob(role: str, name: str) -> None:
     entry = card(role, name)
     assert entry.summary
-    assert bool(entry.kinds) == (role not in ("repair", "heal"))
+    assert bool(entry.kinds) == (role not in ("repair", "heal", "attention"))
     assert entry.evidence
     assert [knob.name for knob in entry.knobs if not knob.meaning] == []
 

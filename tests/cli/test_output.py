@@ -115,6 +115,7 @@ def test_work_of_unknown_size_says_when_it_is_done() -> None:
         (amount_text(7, None, "blocks"), "7 blocks"),
         (rate_text(1.25, "blocks"), "1.2 blocks/s"),
         (rate_text(0.04, "blocks"), "25 s/block"),
+        (rate_text(0.04, "processes"), "25 s/process"),
         (rate_text(3 * 2**20, "bytes"), "3.0 MiB/s"),
         (rate_text(1234, "steps"), "1,234 steps/s"),
         (seconds_text(8), "8 s"),

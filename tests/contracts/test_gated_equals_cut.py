@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.files import atomic_folder
+from prunekit.gates._fold import folded, plan_of
+from prunekit.gates.shrp import Shrp
+from prunekit.heal._weights import names_of
 from prunekit.modeling.load import load_model
 from prunekit.structure.view import ModelView
 from prunekit.surgery import engine
@@ -60,3 +64,24 @@ def test_gated_equals_cut(case: str, tmp_path: Path) -> None:
     dense = outputs(load_model(folder, "float32"), family)
     dense = dense[..., stays] if dense.shape[-1] == view.hidden else dense
     assert float((found - dense).abs().max()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet", "electra", "modernbert"])
+def test_routed_equals_cut(family: str, tmp_path: Path) -> None:
+    folder = write_tiny(family, tmp_path / "dense")
+    view = ModelView.open(folder)
+    task = task_of(view, ("kv_groups",), remove=0.2)
+    model = load_model(folder, "float32")
+    names = names_of(model, Checkpoint.open(folder))
+    gates = Shrp(top=2, expander="shared").gates(task)
+    gates.attach(model, view)
+    gates.usage.copy_(torch.randint(0, 9, gates.usage.shape, generator=torch.Generator().manual_seed(0)).float())
+    expected = outputs(model.eval(), family)
+    assert gates.chosen is not None
+    plan = plan_of(task, gates.chosen.keep)
+    gates.settle()
+    tensors = folded(model, names, task, gates.fixed(), plan, Checkpoint.open(folder), True)
+    with atomic_folder(tmp_path / "cut") as target:
+        engine.apply(view, plan, target, replaced=tensors)
+    torch.testing.assert_close(outputs(load_model(tmp_path / "cut"), family), expected, atol=TOLERANCE, rtol=0)
+    assert float((outputs(load_model(folder), family) - expected).abs().max()) > 100 * TOLERANCE

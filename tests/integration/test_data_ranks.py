@@ -1,11 +1,13 @@
-"""Data pruning under torchrun: two ranks give the scores of one, and a second run trains nothing."""
+"""Data pruning in processes of its own: two ranks give the scores of one, and a killed run goes on where it was."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +38,65 @@ def score(ranks: int, data: Path, model: Path, folder: Path) -> Path:
     return output
 
 
-@pytest.mark.slow
-def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
-    import pyarrow.parquet as parquet
+def write_images(folder: Path, n: int) -> None:
+    """Noise, dark or light, in a folder a class."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    # More than two blocks of 256 examples, so that both ranks embed.
-    for i in range(600):
-        folder = tmp_path / "data" / ("dark" if i % 2 else "light")
-        folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        own = folder / ("dark" if i % 2 else "light")
+        own.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 156, (16, 16, 3)) + (0 if i % 2 else 100)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(pixels.astype(np.uint8)).save(own / f"{i}.png")
+
+
+@pytest.mark.slow
+def test_killed_run_leaves_no_scores_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.parquet as parquet
+
+    from prunekit.cli.main import main
+
+    write_images(tmp_path / "data", 40)
+    model = write_tiny("vit", tmp_path / "vit", image_size=16)
+    words = [
+        "data",
+        "score",
+        tmp_path / "data",
+        "--metric",
+        "memorization",
+        "--set",
+        "models=12",
+        "--model",
+        model,
+        "-q",
+    ]
+    asked = [*map(str, words), "-o", str(tmp_path / "scores.parquet")]
+    monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
+    running = subprocess.Popen([sys.executable, "-m", "prunekit.cli.main", *asked])
+    limit = time.monotonic() + 120
+    while len(seeds := list((tmp_path / "cache").rglob("seed-*.npz"))) < 3:
+        assert running.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not list(tmp_path.glob("scores*"))
+    before = {file: file.stat().st_mtime_ns for file in seeds}
+    assert main(asked) == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert len(list((tmp_path / "cache").rglob("seed-*.npz"))) == 12
+    monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "calm"))
+    assert main([*asked[:-1], str(tmp_path / "calm.parquet")]) == 0
+    killed, calm = (parquet.read_table(tmp_path / f"{name}.parquet") for name in ("scores", "calm"))
+    assert killed.column("score_memorization") == calm.column("score_memorization")
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    # More than two blocks of 256 examples, so that both ranks embed.
+    write_images(tmp_path / "data", 600)
     model = write_tiny("vit", tmp_path / "vit", image_size=16)
     one, two = (parquet.read_table(score(n, tmp_path / "data", model, tmp_path)) for n in (1, 2))
     for name in METRICS:

@@ -15,6 +15,7 @@ from prunekit.core.errors import PlanError, UsageError
 from prunekit.core.recipe import load_recipe, parse_recipe
 from prunekit.export.verify import VerifyReport
 from prunekit.modeling.load import load_model
+from prunekit.pipeline.repair import repair_inputs
 from prunekit.structure.view import ModelView
 
 Small = Callable[[str], Path]
@@ -87,10 +88,35 @@ def test_repair_takes_the_place_of_factors(small: Small, tmp_path: Path, unverif
     torch.testing.assert_close(view.checkpoint.read(name), expected, rtol=0, atol=0)
 
 
+def test_repair_knows_what_is_learned(small: Small) -> None:
+    asked = recipe(small("bert"), learn=LEARN, repair={**REPAIR, "method": "mean_bias"})
+    assert len(repair_inputs(asked, ModelView.open(small("bert")))["input_ids"]) == 4
+
+
 def test_repair_of_trained_weights_is_refused(small: Small, tmp_path: Path) -> None:
     asked = recipe(small("llama"), learn={**LEARN, "variant": "full"}, repair=REPAIR)
     with pytest.raises(UsageError, match="does not go with trained weights"):
         pipeline.run(asked, tmp_path / "o")
+
+
+def test_encoder_loses_heads_by_usage(small: Small, tmp_path: Path, unverified: None) -> None:
+    asked = {**LEARN, "method": "shrp", "remove": ["kv_groups"], "budget": {"remove": 0.2}}
+    result = pipeline.run(recipe(small("bert"), learn=asked), tmp_path / "o")
+    assert removed(result.made) >= 0.2 * 0.995
+    assert load_model(tmp_path / "o").config.model_type == "prunekit_bert"
+    told = json.loads((tmp_path / "o" / "prunekit.json").read_text())["learn"]
+    assert {len(heads) for heads in told["usage"].values()} == {4}
+    assert "Masks by shrp over kv_groups: 4 steps" in (tmp_path / "o" / "README.md").read_text()
+
+
+def test_heads_of_a_decoder_are_not_routed(small: Small, tmp_path: Path) -> None:
+    asked = {**LEARN, "method": "shrp", "remove": ["kv_groups"]}
+    with pytest.raises(UsageError, match="shrp` needs a text encoder"):
+        pipeline.run(recipe(small("llama"), learn=asked), tmp_path / "o")
+    bias = {**REPAIR, "method": "mean_bias"}
+    with pytest.raises(UsageError, match="does not go with trained weights"):
+        pipeline.run(recipe(small("bert"), learn=asked, repair=bias), tmp_path / "o")
+    assert not list(tmp_path.iterdir())
 
 
 def test_budget_out_of_reach_fails_before_training(small: Small, tmp_path: Path) -> None:
@@ -115,6 +141,31 @@ def test_hidden_channels_go_by_magnitude_and_load_in_fresh_processes(small: Smal
     result = pipeline.run(recipe(small("qwen3"), steps=[step], export={"layout": "stock"}), tmp_path / "o")
     assert result.verified.ok
     assert load_model(tmp_path / "o").config.hidden_size == 24
+
+
+def test_units_chosen_for_each_input_lie_beside_the_dense_model(small: Small, tmp_path: Path, unverified: None) -> None:
+    learn = {**LEARN, "method": "fire_together", "remove": ["neurons"], "tokens": 4}
+    asked = recipe(small("llama"), learn=learn, evaluate={"perplexity": {"sequences": 2, "length_tokens": 16}})
+    result = pipeline.run(asked, tmp_path / "o")
+    dense = ModelView.open(small("llama")).checkpoint
+    ours = ModelView.open(tmp_path / "o").checkpoint
+    assert all(torch.equal(ours.read(name), dense.read(name)) for name in dense.tensors)
+    assert result.made.layout.kind == "stock"
+    # Measured with the chosen units, as `prunekit evaluate` does.
+    assert result.after["perplexity"] != result.before["perplexity"]
+    assert 0 < result.made.learn["removed"] < 0.75
+    manifest = json.loads((tmp_path / "o" / "prunekit.json").read_text())
+    assert manifest["loads"]["chosen units"].startswith("yes: dynamic: shapes unchanged, no parameter saved")
+    assert manifest["loads"]["transformers"].startswith("yes")
+    assert "Dynamic: shapes unchanged, no parameter saved" in (tmp_path / "o" / "README.md").read_text()
+    assert load_recipe(tmp_path / "o" / "recipe.yaml").effective() == asked.effective()
+
+
+def test_what_would_change_the_model_does_not_go_with_chosen_units(small: Small, tmp_path: Path) -> None:
+    learn = {**LEARN, "method": "fire_together", "remove": ["neurons"], "tokens": 4}
+    with pytest.raises(UsageError, match="does not go with `repair`, `heal`"):
+        pipeline.run(recipe(small("llama"), learn=learn, heal=HEAL, repair=REPAIR), tmp_path / "o")
+    assert not list(tmp_path.iterdir())
 
 
 def test_hidden_states_of_two_widths_are_not_compared(small: Small, tmp_path: Path) -> None:

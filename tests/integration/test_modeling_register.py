@@ -19,6 +19,8 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 assert type(model).__module__ == "prunekit.modeling.modeling_prunekit", type(model)
 assert type(AutoModel.from_pretrained(folder)).__name__ == "PrunekitQwen2Model"
 assert AutoConfig.from_pretrained(folder).prunekit["per_layer_config"] == {"00": {"skip": ["attention"]}}
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+assert "prunekit" in ALL_ATTENTION_FUNCTIONS.valid_keys()
 """
 PRUNEKIT_FIRST = f"""
 import sys

@@ -13,17 +13,20 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    StaticCache,
     ViTConfig,
     ViTModel,
 )
 
 from prunekit.core.errors import RuntimePolicyError, UsageError
-from prunekit.runtime import attach, register
+from prunekit.runtime import attach
+from prunekit.runtime.attention import interface
 from prunekit.runtime.attention.patterns._engine import dense_mask
 from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.sink_window import SinkWindow
+from prunekit_kernels.block_sparse_prefill import block_sparse_prefill
 
 PATTERNS = (Power(8, 2), SinkWindow(3, 12))
 SIZES = {
@@ -152,7 +155,6 @@ def test_a_saved_config_turns_the_pattern_on(model, ids, tmp_path):
     expected = masked(model, ids, Power(8, 2))
     with attach(model, Power(8, 2)):
         model.save_pretrained(tmp_path)
-    register()
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="prunekit").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, expected)
@@ -220,6 +222,63 @@ def test_a_grid_pattern_goes_through_its_own_order_and_back():
             decoder(ids, attention_mask=torch.arange(70)[None] > 3)
     with attach(model, Neighborhood((8, 8), 3)), pytest.raises(UsageError, match="does not fit a sequence of 82"):
         model(image)
+
+
+def test_a_model_loaded_under_a_pattern_says_the_slow_path_once(model, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(interface, "_SAID", set())
+    model.config.prunekit = {"runtime": {"attention": {"pattern": "power"}}}
+    model.save_pretrained(tmp_path)
+    del model.config.prunekit
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="prunekit").eval()
+    with warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter("always")
+        again(ids)
+        again(ids)
+    assert len([w for w in said if "plain torch" in str(w.message)]) == 1
+
+
+def test_a_pattern_for_another_model_or_shorter_sequences_is_refused(model, ids):
+    facts = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3}
+    section = {"pattern": "power", "block_tokens": 8, "length_tokens": 70, "made_for": facts}
+    before = model.config.to_dict()
+    with attach(model, section):
+        model(ids)
+        with pytest.raises(RuntimePolicyError, match="a sequence of 71 tokens is longer than `power`"):
+            model(torch.cat([ids, ids[:, :1]], 1))
+        # A cache of fixed size counts by what it holds.
+        cache = StaticCache(model.config, max_cache_len=128)
+        model(ids, past_key_values=cache, use_cache=True)
+        with pytest.raises(RuntimePolicyError, match="a sequence of 71 tokens"):
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+    with pytest.raises(RuntimePolicyError, match="was chosen for another model") as caught:
+        attach(model, {**section, "made_for": {**facts, "hidden_size": 576}})
+    assert caught.value.why == "`hidden_size` was 576 there and is 64 here"
+    with pytest.raises(RuntimePolicyError, match="names layer 3"):
+        attach(model, "power", layers=[1, 3])
+    assert model.config.to_dict() == before
+    for wrong, said in (
+        ({"length_tokens": 0}, "no length"),
+        ({"made_for": 1}, "no mapping"),
+        ({"fastest": 1}, "neither"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            attach(model, {**section, **wrong})
+
+
+def test_prompts_may_go_to_whatever_is_faster(model, ids, monkeypatch):
+    expected, asked = masked(model, ids, Power(8, 2)), []
+
+    def faster(q, k, v, lists, *, scale):
+        asked.append(q.shape[2])
+        return block_sparse_prefill(q, k, v, lists, scale=scale)[0]
+
+    monkeypatch.setattr(interface, "prefill_fastest", faster)
+    with attach(model, Power(8, 2)):
+        model(ids)
+    assert asked == []
+    with attach(model, {"pattern": "power", "block_tokens": 8, "window_blocks": 2, "fastest": True}):
+        torch.testing.assert_close(model(ids).logits, expected)
+    assert asked == [70] * 3
 
 
 def test_the_slow_path_is_said_once_and_refused_when_strict(model, ids):

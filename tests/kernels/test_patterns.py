@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from prunekit.core import registry
 from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime.attention.patterns._engine import block_lists, dense_mask, density
 from prunekit.runtime.attention.patterns._scored import is_scored
@@ -16,7 +17,7 @@ from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.sink_window import SinkWindow
 from prunekit.runtime.attention.patterns.streaming import Streaming
-from prunekit.runtime.attention.policy import names, pattern_class, policy, policy_of
+from prunekit.runtime.attention.policy import names, policy, policy_of
 
 PATTERNS = (
     Dense(), Dense(causal=False), Power(16, 2), Power(20, 3, 0), Power(1, 1), SinkWindow(3, 20), SinkWindow(40, 30),
@@ -189,7 +190,7 @@ def test_unknown_patterns_and_options_are_refused_by_name():
 
 @pytest.mark.parametrize("name", names())
 def test_every_pattern_carries_its_card_and_an_example(name):
-    known = pattern_class(name)
+    known = registry.PATTERNS.get(name)
     title, link = known.paper
     assert title
     assert link.startswith("https://")

@@ -196,7 +196,7 @@ def test_a_compiled_step_over_a_static_cache_equals_the_eager_one(model, ids, pa
             model(ids, past_key_values=cache, use_cache=True)
         new = ids[:, :1]
         expected = model(new, past_key_values=caches[0], use_cache=True).logits
-        compiled = torch.compile(model.forward, backend="eager")
+        compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
         got = compiled(new, past_key_values=caches[1], use_cache=True).logits
     torch.testing.assert_close(got, expected)
 

@@ -343,6 +343,64 @@ def test_teacher_draws_from_its_whole_distribution(llama: Bench) -> None:
     assert bool(((share - expected).abs() <= 5 * (expected / 3000).sqrt() + 1e-3).all())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_room_for_all_tokens_changes_no_draw(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prunekit.heal import _sample
+
+    made = bench(tmp_path, family, drop=("blocks.1.attention", "blocks.1.ffn"))
+    ids = written(made.scene(data="teacher", sequences=20))
+    assert bool(_sample._cache(load_model(made.dense), 12)) == (family != "mistral")
+    monkeypatch.setattr(_sample, "_cache", lambda *_: {})
+    assert written(replace(made.scene(data="teacher", sequences=20), cache=tmp_path / "other")).equal(ids)
+
+
+def test_compiled_blocks_train_to_the_same_and_are_put_back(
+    llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def compile_(work: Any) -> Any:
+        compiled.append(getattr(work, "__qualname__", ""))
+        return work
+
+    plain = heal(llama.scene(), tmp_path / "a")
+    monkeypatch.setattr(torch, "compile", compile_)
+    healed = heal(llama.scene(compile=True), tmp_path / "b")
+    # The divergence, four blocks of the cut model and four of the dense one.
+    assert compiled == ["kl", *["LlamaDecoderLayer.forward"] * 8]
+    assert all("forward" not in block.__dict__ for block in healed.model.model.layers)
+    for name, value in weights(plain.model).items():
+        torch.testing.assert_close(weights(healed.model)[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_what_blocks_give(llama: Bench, tmp_path: Path) -> None:
+    plain = heal(llama.scene(), tmp_path / "a").about
+    healed = heal(llama.scene(compile=True), tmp_path / "b").about
+    assert healed["held_out_after"] == pytest.approx(plain["held_out_after"], rel=1e-4)
+
+
+def test_blocks_of_many_shapes_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prunekit.heal._compile import compiled
+
+    monkeypatch.setattr(torch, "compile", lambda work: work)
+    model = tiny_model("llama", dtype=torch.float32)
+    blocks = model.model.layers
+    for number, block in enumerate(blocks):
+        block.extra = torch.nn.Parameter(torch.zeros(number // 3))
+    blocks.extend(torch.nn.ModuleList([type(blocks[0])(model.config, i) for i in range(4, 9)]))
+    with compiled(model):
+        # Of nine blocks three and five are alike; the one of its own shape stays.
+        assert ["forward" in block.__dict__ for block in blocks] == [True] * 3 + [False] + [True] * 5
+
+
+def test_how_long_a_step_took_is_told(llama: Bench, tmp_path: Path) -> None:
+    said: list[str] = []
+    heal(replace(llama.scene(), talk=said.append), tmp_path / "w")
+    assert said[-1].startswith("a step took ")
+    assert said[-1].endswith(" tokens a second")
+
+
 def test_teacher_goes_on_from_prompts(llama: Bench) -> None:
     text = {"data": "teacher", "prompts": str(llama.text), "prompt_tokens": 5}
     ids = written(llama.scene(data=text, sequences=20))

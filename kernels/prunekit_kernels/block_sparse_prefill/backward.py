@@ -350,8 +350,12 @@ def cut(bounds: Tensor, n_cols: int, chunk: int, most: int) -> tuple[Tensor, Ten
 
 def default_layouts(dim: int, block_q: int, block_k: int) -> tuple[Layout, Layout]:
     """Layouts of the two kernels, the fastest of thirteen at 32,768 tokens and head size 128 on an H100."""
-    q, k = min(64, block_q), min(64, block_k)
-    wide = Layout(min(128, block_q), k, 8, 3 if dim <= 128 else 2)
+    # Gradients of 256 channels fill the registers of smaller tiles.
+    most = 64 if dim <= 128 else 32
+    q, k = min(most, block_q), min(most, block_k)
+    if dim > 128:
+        return Layout(q, k, 4, 2), Layout(q, k, 4, 2)
+    wide = Layout(min(128, block_q), k, 8, 3)
     return wide if block_q >= 128 else Layout(q, k, 4, 2), Layout(q, k, 4, 2)
 
 

@@ -70,6 +70,7 @@ LARGE = (
     ),
     Case(2, 4, 2, 1000, 1000, 80),
     Case(2, 4, 2, 1000, 1000, 96, causal=False),
+    Case(2, 4, 2, 1000, 1000, 256),
     Case(2, 4, 2, 1000, 1000, 128, table=True),
     Case(3, 4, 2, 1000, 1000, 128, spans=True),
     Case(2, 4, 2, 700, 700, 64, spans=True, table=True, causal=False),

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
-from prunekit_kernels.block_sparse_prefill.reference import backward_reference, prefill_reference
+from prunekit_kernels.block_sparse_prefill.reference import (
+    backward_reference,
+    gated_backward_reference,
+    prefill_reference,
+)
 
 HALF = (torch.bfloat16, torch.float16)
-HEAD_SIZES = (64, 80, 96, 128)
+HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
 @functools.cache
@@ -64,11 +68,11 @@ def _prefill(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
-    biases: Tensor | None = None,
+    biases: Tensor | None = None, gates: Tensor | None = None, free: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return prefill_reference(
         q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal, scale,
-        biases,
+        biases, gates, free,
     )  # fmt: skip
 
 
@@ -77,15 +81,15 @@ def _prefill_cuda(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
-    biases: Tensor | None = None,
+    biases: Tensor | None = None, gates: Tensor | None = None, free: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if refusal(q, k):
         return prefill_reference(
             q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal,
-            scale, biases,
+            scale, biases, gates, free,
         )  # fmt: skip
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    if biases is None and hopper_takes(q, starts, block_q, block_k, full_rows):
+    if biases is None and gates is None and hopper_takes(q, starts, block_q, block_k, full_rows):
         from prunekit_kernels.block_sparse_prefill import hopper_launch
 
         return hopper_launch.launch(q, k, v, counts, partials, indices, mask_ids, masks, q_offset, causal, scale)
@@ -93,7 +97,7 @@ def _prefill_cuda(
 
     return portable.launch(
         q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal, scale,
-        biases=biases,
+        biases=biases, gates=gates, free=free,
     )  # fmt: skip
 
 
@@ -102,7 +106,7 @@ def _prefill_fake(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
-    biases: Tensor | None = None,
+    biases: Tensor | None = None, gates: Tensor | None = None, free: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -119,7 +123,41 @@ def _backward(
     from prunekit_kernels.block_sparse_prefill import backward
 
     grad, q, k, v, out = _aligned(grad), _aligned(q), _aligned(k), _aligned(v), _aligned(out)
-    return backward.launch(grad, grad_lse, q, k, v, out, lse, *lists, scale)
+    if starts is None or ends is None or len(starts) == q.shape[0]:
+        return backward.launch(grad, grad_lse, q, k, v, out, lse, *lists, scale)
+    found = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    lists = (counts, partials, indices, mask_ids, masks, None, None, biases, block_q, block_k, q_offset, causal)
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        here = slice(start, end)
+        parts = backward.launch(
+            grad[:, :, here], grad_lse[:, :, here].contiguous(), q[:, :, here], k[:, :, here], v[:, :, here],
+            out[:, :, here], lse[:, :, here].contiguous(), *lists, scale,
+        )  # fmt: skip
+        for whole, part in zip(found, parts, strict=True):
+            whole[:, :, start:end] = part
+    return found
+
+
+@torch.library.custom_op("prunekit::block_sparse_prefill_gated_backward", mutates_args=())
+def _gated_backward(
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, counts: Tensor,
+    partials: Tensor, indices: Tensor, mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None,
+    ends: Tensor | None, biases: Tensor | None, gates: Tensor, block_q: int, block_k: int, q_offset: int,
+    causal: bool, scale: float, free: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    lists = (counts, partials, indices, mask_ids, masks, starts, ends, biases, block_q, block_k, q_offset, causal)
+    return gated_backward_reference(grad, grad_lse, q, k, v, out, lse, *lists, scale, gates, free)
+
+
+@_gated_backward.register_fake
+def _gated_backward_fake(
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, counts: Tensor,
+    partials: Tensor, indices: Tensor, mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None,
+    ends: Tensor | None, biases: Tensor | None, gates: Tensor, block_q: int, block_k: int, q_offset: int,
+    causal: bool, scale: float, free: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = (t.new_empty(t.shape) for t in (q, k, v))
+    return (*grads, gates.new_empty(gates.shape))
 
 
 @_backward.register_fake
@@ -132,15 +170,21 @@ def _backward_fake(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, *plain, biases = inputs
+    q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, *plain, biases, gates, free = inputs
     block_q, block_k, q_offset, causal, _, scale = plain
-    ctx.save_for_backward(q, k, v, *output, counts, partials, indices, mask_ids, masks, starts, ends, biases)
+    ctx.save_for_backward(q, k, v, *output, counts, partials, indices, mask_ids, masks, starts, ends, biases, gates)
     ctx.plain = (block_q, block_k, q_offset, causal, scale)
+    ctx.free = free
 
 
 def _gradients(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    found = _backward(grad, grad_lse, *ctx.saved_tensors, *ctx.plain)
-    return (*found, *([None] * 14))
+    *saved, gates = ctx.saved_tensors
+    dgates = None
+    if gates is None:
+        found = _backward(grad, grad_lse, *saved, *ctx.plain)
+    else:
+        *found, dgates = _gated_backward(grad, grad_lse, *saved, gates, *ctx.plain, ctx.free)
+    return (*found, *([None] * 14), dgates, None)
 
 
 _prefill.register_autograd(_gradients, setup_context=_remember)
@@ -148,7 +192,7 @@ _prefill.register_autograd(_gradients, setup_context=_remember)
 
 def block_sparse_prefill(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, scale: float | None = None,
-    starts: Tensor | None = None, ends: Tensor | None = None,
+    starts: Tensor | None = None, ends: Tensor | None = None, gates: Tensor | None = None, free_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention in which each query reads the keys that its block's list names.
 
@@ -158,14 +202,22 @@ def block_sparse_prefill(
         lists: for S queries and T keys, on the device of `q`.
         scale: factor on the scores, 1 / sqrt(D) if None.
         starts: int32 [B], slot of each sequence's first token (left padding), with `ends`, one past its last. The
-            lists then count from the first token; S must equal T. Slots outside give zeros and minus infinity.
+            lists then count from the first token; S must equal T. Slots outside give zeros and minus infinity. Where B
+            is 1 there may be any number of them: sequences that lie one behind another (varlen). The lists are then for
+            the longest.
+        gates: float32 [B, G, T], added to all scores of a key (the logarithm of a factor on its weight); minus infinity
+            closes it.
+        free_tokens: keys less than so many tokens behind a query are read as if they had no gate.
     Returns:
         Output [B, H, S, D] in the dtype of `q` and log-sum-exp float32 [B, H, S] (natural logarithm). Both
-        have gradients with respect to `q`, `k` and `v`.
+        have gradients with respect to `q`, `k`, `v` and `gates`; with gates they are computed in plain torch.
     Raises:
-        ValueError: if the lists do not fit the tensors, or only one of `starts` and `ends` is given.
+        ValueError: if lists or gates do not fit the tensors, or only one of `starts` and `ends` is given.
     """
-    if (lists.n_queries, lists.n_keys) != (q.shape[2], k.shape[2]):
+    behind = starts is not None and q.shape[0] == 1 and len(starts) > 1
+    if starts is not None and len(starts) != q.shape[0] and not behind:
+        raise ValueError(f"{len(starts)} sequences do not fit a batch of {q.shape[0]}")
+    if not behind and (lists.n_queries, lists.n_keys) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"lists for {lists.n_queries} queries and {lists.n_keys} keys do not fit {q.shape[2]} and {k.shape[2]}"
         )
@@ -175,8 +227,11 @@ def block_sparse_prefill(
         raise ValueError("`starts` and `ends` go together")
     if starts is not None and q.shape[2] != k.shape[2]:
         raise ValueError("`starts` needs as many queries as keys")
+    if gates is not None and (gates.shape != k.shape[:3] or gates.dtype != torch.float32):
+        raise ValueError(f"gates {gates.dtype} {list(gates.shape)} do not fit keys {list(k.shape)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _prefill(
         q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends,
         lists.block_q, lists.block_k, lists.q_offset, lists.causal, lists.shortest > 0, scale, lists.biases,
+        None if gates is None else gates.contiguous(), free_tokens,
     )  # fmt: skip

@@ -50,11 +50,14 @@ def table_mask(
 
 @triton.jit
 def _accumulate(
-    acc, m, l, q, k_at, v_at, k_rows, n_keys, d_mask, keep, bias, stride_kt, stride_vt, scale_log2,
-    CHECK_KEYS: tl.constexpr, MASKED: tl.constexpr, PAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    acc, m, l, q, k_at, v_at, k_rows, n_keys, d_mask, keep, bias, gate, stride_kt, stride_vt, scale_log2,
+    CHECK_KEYS: tl.constexpr, MASKED: tl.constexpr, PAD_DIM: tl.constexpr, GATE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over `k_rows`; `keep` counts only if MASKED, `bias` (base two) goes to all."""
+    """One step of the online softmax over `k_rows`.
+
+    `keep` counts only if MASKED, `gate` (base two, by pair) only if GATE; `bias` (base two) goes to all.
+    """
     inside = k_rows < n_keys
     if CHECK_KEYS:
         load = inside[:, None] & d_mask[None, :] if PAD_DIM else inside[:, None]
@@ -70,12 +73,15 @@ def _accumulate(
         s = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision=PRECISION)
     else:
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if GATE:
+        s = s * scale_log2 + gate
+        scale_log2 = 1.0
     if MASKED:
         s = tl.where(keep & inside[None, :], s, float("-inf"))
     elif CHECK_KEYS:
         s = tl.where(inside[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2 + bias)
-    safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED or CHECK_KEYS else m_new
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED or CHECK_KEYS or GATE else m_new
     alpha = tl.exp2(m - safe)
     p = tl.exp2(s * scale_log2 - (safe - bias)[:, None])
     l = l * alpha + tl.sum(p, 1)
@@ -87,15 +93,24 @@ def _accumulate(
     return acc, m_new, l
 
 
+@triton.jit
+def _gate(gate_at, q_rows, k_rows, n_keys, q_offset, free):
+    """Gates of the pairs, base two: none for a key less than `free` tokens behind the query."""
+    g = tl.load(gate_at + k_rows, mask=k_rows < n_keys, other=0.0) * LOG2E
+    near = (q_offset + q_rows)[:, None] - k_rows[None, :] < free
+    return tl.where(near, 0.0, g[None, :])
+
+
 # Without this the compiler builds one kernel for each divisibility of each length.
-@triton.jit(do_not_specialize=["stride_list", "width", "mask_width", "n_queries", "n_keys", "q_offset"])
+@triton.jit(do_not_specialize=["stride_list", "width", "mask_width", "n_queries", "n_keys", "q_offset", "free"])
 def _prefill(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, counts, partials, indices, mask_ids, masks, starts, ends, biases,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, counts, partials, indices, mask_ids, masks, starts, ends, biases, gates, free,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_os, stride_list, width, mask_width, n_queries, n_keys, q_offset, scale_log2,
+    stride_ob, stride_oh, stride_os, stride_lb, stride_gb, stride_list, width, mask_width, n_queries, n_keys, q_offset,
+    scale_log2,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE: tl.constexpr, TABLE: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK_K // TILE
     row = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -121,6 +136,7 @@ def _prefill(
         kv = head // GROUP
         k_at = k_ptr + batch.to(tl.int64) * stride_kb + kv.to(tl.int64) * stride_kh + start * stride_kt + at_d[None, :]
         v_at = v_ptr + batch.to(tl.int64) * stride_vb + kv.to(tl.int64) * stride_vh + start * stride_vt + at_d[None, :]
+        gate_at = gates + batch.to(tl.int64) * stride_gb + kv.to(tl.int64) * n_keys + start
         line = head * stride_list + row
         count = tl.load(counts + line) * SPLIT
         partial = tl.load(partials + line) * SPLIT
@@ -140,37 +156,40 @@ def _prefill(
             else:
                 keep = (at_q >= 0)[:, None] & (k_rows >= 0)[None, :]
             bias = tl.load(biases + line * width + j // SPLIT) * LOG2E if BIAS else 0.0
+            gate = _gate(gate_at, at_q, k_rows, n_cols, q_offset, free) if GATE else 0.0
             acc, m, l = _accumulate(
-                acc, m, l, q, k_at, v_at, k_rows, n_cols, d_mask, keep, bias, stride_kt, stride_vt, scale_log2,
-                True, True, BLOCK_D != DIM, PRECISION, WIDEN,
+                acc, m, l, q, k_at, v_at, k_rows, n_cols, d_mask, keep, bias, gate, stride_kt, stride_vt, scale_log2,
+                True, True, BLOCK_D != DIM, GATE, PRECISION, WIDEN,
             )  # fmt: skip
         for j in range(partial, count):
             block = tl.load(indices + line * width + j // SPLIT)
             k_rows = block * BLOCK_K + (j % SPLIT) * TILE + tl.arange(0, TILE)
             bias = tl.load(biases + line * width + j // SPLIT) * LOG2E if BIAS else 0.0
+            gate = _gate(gate_at, at_q, k_rows, n_cols, q_offset, free) if GATE else 0.0
             acc, m, l = _accumulate(
-                acc, m, l, q, k_at, v_at, k_rows, n_cols, d_mask, False, bias, stride_kt, stride_vt, scale_log2,
-                SPANS, False, BLOCK_D != DIM, PRECISION, WIDEN,
+                acc, m, l, q, k_at, v_at, k_rows, n_cols, d_mask, False, bias, gate, stride_kt, stride_vt, scale_log2,
+                SPANS, False, BLOCK_D != DIM, GATE, PRECISION, WIDEN,
             )  # fmt: skip
         out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
         o_at = o_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
         o_at += (start + at_q).to(tl.int64)[:, None] * stride_os + at_d[None, :]
         tl.store(o_at, out.to(o_ptr.dtype.element_ty), mask=q_mask)
         lse = (m + tl.log2(l)) * LN2
-        lse_at = lse_ptr + (batch * tl.num_programs(1) + head).to(tl.int64) * n_queries + start + at_q
+        lse_at = lse_ptr + batch.to(tl.int64) * stride_lb + head.to(tl.int64) * n_queries + start + at_q
         tl.store(lse_at, tl.where(l == 0.0, float("-inf"), lse), mask=at_q < n_rows)
 
 
 def default_tile(dim: int, block_k: int) -> Tile:
     """The tile that every case was checked with; 128 keys, 8 warps and 2 stages is 1.2 times faster where it fits."""
-    return Tile(keys=min(64, block_k), warps=4, stages=3 if dim <= 128 else 2)
+    # Twice the result of a query needs twice the warps to hold it.
+    return Tile(keys=min(64, block_k), warps=4, stages=3) if dim <= 128 else Tile(min(32, block_k), warps=8, stages=2)
 
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, scale: float, tile: Tile | None = None,
-    biases: Tensor | None = None,
+    biases: Tensor | None = None, gates: Tensor | None = None, free: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs the kernel; arguments and result as in `block_sparse_prefill`, head dimensions contiguous."""
     batch, heads, n_queries, dim = q.shape
@@ -180,17 +199,22 @@ def launch(
     out = torch.zeros_like(q) if spans else torch.empty_like(q)
     lse = q.new_full((batch, heads, n_queries), float("-inf"), dtype=torch.float32)
     nothing = counts
-    _prefill[(counts.shape[1], heads, batch)](
+    sequences = len(starts) if spans else batch
+    # Sequences that lie one behind another in one row begin at the same place and differ in `starts`.
+    apart = int(sequences == batch)
+    _prefill[(counts.shape[1], heads, sequences)](
         q, k, v, out, lse, counts, partials, indices,
         nothing if mask_ids is None else mask_ids, nothing if masks is None else masks,
         starts if spans else nothing, ends if spans else nothing, nothing if biases is None else biases,
-        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-        v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2),
+        lse if gates is None else gates, free,
+        apart * q.stride(0), q.stride(1), q.stride(2), apart * k.stride(0), k.stride(1), k.stride(2),
+        apart * v.stride(0), v.stride(1), v.stride(2), apart * out.stride(0), out.stride(1), out.stride(2),
+        apart * heads * n_queries, apart * k.shape[1] * k.shape[2],
         counts.shape[1] if counts.shape[0] > 1 else 0, indices.shape[2], 0 if mask_ids is None else mask_ids.shape[2],
         n_queries, k.shape[2], q_offset, scale * 1.4426950408889634,
         GROUP=heads // k.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_Q=block_q,
         BLOCK_K=block_k, TILE=tile.keys, TABLE=masks is not None, CAUSAL=causal, SPANS=spans,
-        BIAS=biases is not None,
+        BIAS=biases is not None, GATE=gates is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,

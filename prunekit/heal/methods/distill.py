@@ -88,15 +88,22 @@ class Distill:
 
 class _Objective:
     def __init__(self, knobs: Distill, scene: Scene, data: Mapping[str, Tensor]) -> None:
+        import torch
+
+        from prunekit.heal import _losses as losses
         from prunekit.heal._teacher import Online, cached
 
         self.knobs, self.decoder, self.matches = knobs, scene.decoder, scene.matches or ()
+        self.teacher = None
+        # Learned masks are trained by the same objective and are not compiled.
+        self.kl = torch.compile(losses.kl) if getattr(scene.asked, "compile", False) else losses.kl
         self.hidden_states = bool(knobs.hidden) or not scene.decoder
         if knobs.top_k is not None:
             self.cached = cached(scene, data["input_ids"], knobs.top_k, knobs.temperature)
         else:
             options = {"output_hidden_states": self.hidden_states, **scene.no_cache}
             self.online = Online(scene.load_teacher(), options)
+            self.teacher = self.online.model
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         theirs = self.online(inputs) if self.knobs.top_k is None else None
@@ -113,7 +120,7 @@ class _Objective:
             target = losses.Top(known.log_probs.to(logits.device), known.tokens.to(logits.device))
             loss = losses.kl_of_top(logits, target, knobs.temperature)
         else:
-            loss = losses.kl(logits, theirs.logits, knobs.temperature)
+            loss = self.kl(logits, theirs.logits, knobs.temperature)
         if knobs.cross_entropy:
             text = losses.next_token(logits, inputs["input_ids"])
             loss = (1 - knobs.cross_entropy) * loss + knobs.cross_entropy * text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -12,10 +11,10 @@ from transformers import PreTrainedModel
 
 from prunekit.core.errors import RuntimePolicyError
 from prunekit.runtime.attention.decode import forget
-from prunekit.runtime.attention.interface import NAME, register
+from prunekit.runtime.attention.interface import NAME, register, say_slow
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
-from prunekit.runtime.attention.policy import policy
+from prunekit.runtime.attention.policy import model_facts, policy
 from prunekit_kernels.block_sparse_prefill import refusal
 
 ABSENT = object()
@@ -75,20 +74,22 @@ def attach(
         What undoes it: use it in a `with` statement or call its `detach()`.
     Raises:
         UsageError: for an unknown pattern or option.
-        RuntimePolicyError: if the model's attention cannot be changed, or, if strict, runs without a kernel.
+        RuntimePolicyError: if the pattern is for another model, if the model's attention cannot be changed, or, if
+            strict, if it runs without a kernel.
 
     Example:
         with attach(model, {"pattern": "power", "block_tokens": 128, "window_blocks": 8}):
             model.generate(**inputs)
     """
     chosen = policy(pattern, None if layers is None else tuple(layers))
+    chosen.require_for(model_facts(model.config))
     reason = _no_kernel(model)
     if reason and strict:
         raise RuntimePolicyError("no kernel serves this model", why=reason)
     register()
     attachment = Attachment(model, chosen.section())
     if reason:
-        warnings.warn(f"sparse attention runs in plain torch, which is right but slow: {reason}", stacklevel=2)
+        say_slow(reason)
     return attachment
 
 

@@ -10,6 +10,7 @@ Shapes: B batch, H query heads, G key-value heads, Q queries, T keys, D head siz
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,16 +27,25 @@ from prunekit.runtime.attention.patterns._engine import Pattern, block_lists, or
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.policy import policy_of
-from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill
+from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, refusal
+from prunekit_kernels.block_sparse_prefill.fastest import prefill_fastest
 from prunekit_kernels.permute import permute_tokens
 
 NAME = "prunekit"
+# Reasons for the slow path that were said in this process.
+_SAID: set[str] = set()
 
 
 def register() -> None:
     """Makes `attn_implementation="prunekit"` known to transformers, for this process."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def say_slow(reason: str, stacklevel: int = 2) -> None:
+    """Warns that attention runs without a kernel; a layer that meets the same reason later says nothing."""
+    _SAID.add(reason)
+    warnings.warn(f"sparse attention runs in plain torch, which is right but slow: {reason}", stacklevel=stacklevel + 1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -112,7 +122,8 @@ def attention(
     Returns:
         [B, Q, H, D], and None for the weights.
     Raises:
-        RuntimePolicyError: if the pattern and the module disagree on causality, or dropout is asked for.
+        RuntimePolicyError: if the pattern is for another model or shorter sequences, if pattern and module disagree on
+            causality, or if dropout is asked for.
     """
     policy = policy_of(module.config)
     causal = options.get("is_causal")
@@ -132,6 +143,11 @@ def attention(
     pattern = policy.pattern
     _check(pattern, causal, dropout)
     n_queries, n_keys = query.shape[2], key.shape[2]
+    if not cannot_ask(query):
+        # A compiled step sees all slots of its cache, not how many are filled.
+        policy.require_length(n_keys)
+    if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
+        say_slow(reason)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
         raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
     rows = _step_mask(attention_mask, n_queries, n_keys, causal)
@@ -139,7 +155,7 @@ def attention(
         from_first = attention_mask is None or attention_mask.dim() == 2
         out = step(pattern, module, query, key, value, rows, scaling, from_first=from_first)
     elif attention_mask is None or (attention_mask.dim() == 2 and n_queries == n_keys):
-        out = prompt(pattern, query, key, value, attention_mask, scaling)
+        out = prompt(pattern, query, key, value, attention_mask, scaling, policy.fastest)
     else:
         out = _masked(pattern, query, key, value, attention_mask, causal, scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -158,8 +174,9 @@ def _step_mask(given: Tensor | None, n_queries: int, n_keys: int, causal: bool) 
 
 
 def prompt(
-    pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scaling: float | None
-) -> Tensor:
+    pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scaling: float | None,
+    fastest: bool = False,
+) -> Tensor:  # fmt: skip
     """Block-sparse prefill of [B, H, Q, D], scored patterns one sequence at a time."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     spans = None if padding is None else spans_of(padding)
@@ -167,6 +184,8 @@ def prompt(
         lists = _lists(pattern, n_queries, n_keys, str(query.device))
         orders = _orders(pattern, n_keys, str(query.device))
         if orders is None:
+            if fastest and spans is None:
+                return prefill_fastest(query, key, value, lists, scale=scaling)
             starts, ends = spans or (None, None)
             return block_sparse_prefill(query, key, value, lists, scale=scaling, starts=starts, ends=ends)[0]
         order, slots = orders

@@ -1,32 +1,44 @@
 """The runtime section of a model's config: which pattern, on which layers.
 
 In `config.json`: `"prunekit": {"runtime": {"attention": {"pattern": "power", "block_tokens": 128, "layers": [1, 2]}}}`.
+Beside the pattern's options stand `layers`, `length_tokens`, the longest sequence that it was chosen for, `made_for`,
+which model that was, and `fastest`, which lets prompts go to another package's kernel where that was measured faster.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import importlib
 import json
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from prunekit.core.errors import RuntimePolicyError, UsageError
-from prunekit.runtime.attention import patterns
+from prunekit.core.registry import PATTERNS
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A pattern and the layers it is for; `layers` None means all of them."""
+    """A pattern and what it is for.
+
+    Args:
+        pattern: which keys a query reads.
+        layers: the layers it is for, counted from 0; None means all of them.
+        length_tokens: longest sequence it was chosen for; None means any.
+        made_for: what `model_facts` said of the model it was chosen for; empty means any model.
+        fastest: whether prompts may go to flash-attn-4, where it is installed and was measured faster.
+    """
 
     pattern: Pattern | Scored
     layers: tuple[int, ...] | None = None
+    length_tokens: int | None = None
+    made_for: tuple[tuple[str, Any], ...] = ()
+    fastest: bool = False
 
     def covers(self, layer: int | None) -> bool:
         """Whether the pattern is for this layer."""
@@ -34,34 +46,68 @@ class Policy:
 
     def section(self) -> dict[str, Any]:
         """The policy as it stands in a config."""
-        layers = {} if self.layers is None else {"layers": list(self.layers)}
-        return {"pattern": name_of(self.pattern), **dataclasses.asdict(self.pattern), **layers}  # type: ignore[call-overload]
+        found = {"pattern": name_of(self.pattern), **dataclasses.asdict(self.pattern)}  # type: ignore[call-overload]
+        if self.layers is not None:
+            found["layers"] = list(self.layers)
+        if self.length_tokens is not None:
+            found["length_tokens"] = self.length_tokens
+        if self.made_for:
+            found["made_for"] = dict(self.made_for)
+        return {**found, "fastest": True} if self.fastest else found
+
+    def require_for(self, now: Mapping[str, Any]) -> None:
+        """Fails where the policy is not for a model.
+
+        Args:
+            now: what `model_facts` says of it.
+
+        Raises:
+            RuntimePolicyError: naming what differs.
+        """
+        for key, then in self.made_for:
+            if now.get(key) != then:
+                raise RuntimePolicyError(
+                    f"the pattern `{name_of(self.pattern)}` was chosen for another model",
+                    why=f"`{key}` was {then} there and is {now.get(key)} here",
+                    hint="choose one for this model, or take `made_for` out of the section to use it all the same",
+                )
+        blocks = now.get("num_hidden_layers")
+        wrong = [layer for layer in self.layers or () if blocks is not None and not 0 <= layer < blocks]
+        if wrong:
+            raise RuntimePolicyError(
+                f"`layers` of the pattern `{name_of(self.pattern)}` names layer {wrong[0]}",
+                why=f"the model has {blocks}, counted from 0",
+            )
+
+    def require_length(self, n_tokens: int) -> None:
+        """Fails for a sequence that is longer than the pattern was chosen for.
+
+        Raises:
+            RuntimePolicyError: naming both lengths.
+        """
+        if self.length_tokens is not None and n_tokens > self.length_tokens:
+            raise RuntimePolicyError(
+                f"a sequence of {n_tokens:,} tokens is longer than `{name_of(self.pattern)}` was chosen for",
+                why=f"`length_tokens` is {self.length_tokens:,}",
+                hint="shorten it, or choose the pattern for longer ones",
+            )
+
+
+def model_facts(config: Any) -> dict[str, Any]:
+    """What tells a model from others that a pattern may have been chosen for: its type, width and number of layers."""
+    text = config.get_text_config()
+    facts = {name: getattr(text, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers")}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def names() -> tuple[str, ...]:
     """All patterns by name."""
-    found = (module.name for module in pkgutil.iter_modules(patterns.__path__))
-    return tuple(sorted(name for name in found if not name.startswith("_")))
+    return PATTERNS.names()
 
 
 def name_of(pattern: Pattern | Scored) -> str:
     """The name under which a pattern is found."""
     return type(pattern).__module__.rpartition(".")[2]
-
-
-def pattern_class(name: str) -> type:
-    """The pattern of that name.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names())}"
-        raise UsageError(f"no pattern named `{name}`", hint=hint)
-    module = importlib.import_module(f"{patterns.__name__}.{name}")
-    found: type = getattr(module, "".join(part.capitalize() for part in name.split("_")))
-    return found
 
 
 def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[int, ...] | None = None) -> Policy:
@@ -78,15 +124,23 @@ def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[in
     name = options.pop("pattern", None)
     if not isinstance(name, str):
         raise UsageError("a runtime section names no pattern", hint=f"add `pattern:`, one of {', '.join(names())}")
-    listed = options.pop("layers", None)
-    known = pattern_class(name)
+    listed, length, made_for = (options.pop(key, None) for key in ("layers", "length_tokens", "made_for"))
+    fastest = options.pop("fastest", False)
+    if not isinstance(fastest, bool):
+        raise UsageError(f"`fastest: {fastest}` is neither true nor false")
+    known = PATTERNS.get(name)
     allowed = [field.name for field in dataclasses.fields(known)]
-    unknown = sorted(set(options) - set(allowed))
+    unknown = [key for key in options if key not in allowed]
     if unknown:
         raise UsageError(f"`{unknown[0]}` is no option of pattern `{name}`", hint=f"there are {', '.join(allowed)}")
     if listed is not None and not (isinstance(listed, list | tuple) and all(type(n) is int for n in listed)):
         raise UsageError(f"`layers: {listed}` is no list of layers", hint="for example layers=[2, 3]")
-    return Policy(known(**options), layers if listed is None else tuple(listed))
+    if length is not None and (type(length) is not int or length < 1):
+        raise UsageError(f"`length_tokens: {length}` is no length", why="it is a whole number of at least 1")
+    if made_for is not None and not isinstance(made_for, Mapping):
+        raise UsageError(f"`made_for: {made_for}` is no mapping", hint="take it out")
+    listed = layers if listed is None else tuple(listed)
+    return Policy(known(**options), listed, length, tuple(sorted((made_for or {}).items())), fastest)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,17 +148,40 @@ def _parsed(text: str) -> Policy:
     return policy(json.loads(text))
 
 
+# Every policy that a configuration named in this process. A compiled layer holds the number of its policy: dynamo
+# traces methods of what a list holds, not those of a constant.
+_POLICIES: list[Policy] = []
+
+
 def policy_of(config: Any) -> Policy:
     """The policy of a model's config.
 
     Raises:
-        RuntimePolicyError: if the config has none.
+        RuntimePolicyError: if the config has none, or one for another model.
     """
-    section = getattr(config, "prunekit", None)
-    section = section.get("runtime", {}).get("attention") if isinstance(section, Mapping) else None
+    section = section_of(getattr(config, "prunekit", None))
     if section is None:
         raise RuntimePolicyError(
             '`attn_implementation="prunekit"` finds no pattern in the config of this model',
             hint="set `config.prunekit` to a runtime section, or use prunekit.runtime.attach(model, pattern=...)",
         )
-    return _parsed(json.dumps(section, sort_keys=True))
+    number = _number(section, model_facts(config))
+    return _POLICIES[number]
+
+
+# Dynamo guards what a compiled model passes here, so another section is compiled anew.
+@torch.compiler.assume_constant_result
+def _number(section: Mapping[str, Any], facts: Mapping[str, Any]) -> int:
+    """Place of a section's policy in `_POLICIES`."""
+    found = _parsed(json.dumps(section, sort_keys=True))
+    found.require_for(facts)
+    if found not in _POLICIES:
+        _POLICIES.append(found)
+    return _POLICIES.index(found)
+
+
+def section_of(prunekit: Any) -> Mapping[str, Any] | None:
+    """The attention section in the `prunekit` section of a configuration; None where there is none."""
+    for key in ("runtime", "attention"):
+        prunekit = prunekit.get(key) if isinstance(prunekit, Mapping) else None
+    return prunekit if isinstance(prunekit, Mapping) else None

@@ -176,6 +176,12 @@ def test_a_single_class_is_an_error(examples: Callable[..., Any]) -> None:
         made("el2n", {}).score(examples(VECTORS, np.zeros(30, int)))
 
 
+def test_labels_that_are_all_different_are_an_error(examples: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match="holds no classes") as raised:
+        made("el2n", {}).score(examples(VECTORS, np.arange(30)))
+    assert raised.value.why == "column `label` has another value in every row"
+
+
 def test_fewer_examples_than_clusters_are_an_error(examples: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match="30 examples cannot make 31 clusters"):
         made("ssl_prototypes", {"clusters": 31}).score(examples(VECTORS))

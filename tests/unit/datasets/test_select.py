@@ -14,22 +14,24 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from prunekit.core.errors import UsageError
+from prunekit.datasets import writers
 from prunekit.datasets.examples import Settings
-from prunekit.datasets.report import class_rows, html_report
+from prunekit.datasets.report import ClassRow, class_rows, histogram, html_report
 from prunekit.datasets.rules import Rule
 from prunekit.datasets.score import Request, write_scores
 from prunekit.datasets.select import ScoreFile, open_scores, select, write_selected
-from prunekit.datasets.source import open_source
+from prunekit.datasets.source import Reading, open_source
 from prunekit.datasets.writers import format_of
 from tests.unit.datasets.conftest import ROWS
 
 KEEP = Rule(keep=0.5, rule="hard", class_floor=0)
 
 
-def scored(data: Path, folder: Path, *metrics: str) -> Path:
+def scored(data: Path, folder: Path, *metrics: str, skip_bad: bool = False) -> Path:
     output = folder / "s.parquet"
+    asked = {name: {} for name in metrics or ("random",)}
     settings = Settings(cache=folder / "cache")
-    write_scores(Request(data, {name: {} for name in metrics or ("random",)}, settings=settings), output)
+    write_scores(Request(data, asked, reading=Reading(skip_bad=skip_bad), settings=settings), output)
     return output
 
 
@@ -69,6 +71,38 @@ def test_selection_comes_in_the_format_asked_for(form: str, jsonl: Path, tmp_pat
     assert kept.opened.format == form
     assert "score_random" not in kept.opened.schema.names
     assert json.loads((tmp_path / f"{output.name}.json").read_text())["indices"] == expected
+
+
+def test_selected_rows_are_gathered_into_few_row_groups(tmp_path: Path) -> None:
+    rows = [{"text": f"film {i}"} for i in range(3000)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    file = open_scores(scored(tmp_path / "d.parquet", tmp_path))
+    write_selected(file, select(file, KEEP), KEEP, tmp_path / "out.parquet")
+    found = parquet.ParquetFile(tmp_path / "out.parquet").metadata
+    assert (found.num_rows, found.num_row_groups) == (1500, 2)
+
+
+def test_shards_are_selected_from_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "_SHARD", 100)
+    rows = [{"text": f"film {i}", "label": i % 2} for i in range(3000)]
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        part = pa.Table.from_pylist(rows[1000 * number : 1000 * number + 1000])
+        parquet.write_table(part, tmp_path / f"data/{number}.parquet")
+    file = open_scores(scored(tmp_path / "data", tmp_path, "length"))
+    write_selected(file, select(file, Rule(keep=1.0)), KEEP, tmp_path / "out")
+    kept = open_source(tmp_path / "out")
+    assert kept.opened.format == "shards"
+    assert [text for _, block in kept.blocks(500) for text in block] == [row["text"] for row in rows]
+    assert len(kept.opened.files) == 3
+
+
+def test_a_folder_is_written_without_a_word(jsonl: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasets")
+    file = open_scores(scored(jsonl, tmp_path))
+    capfd.readouterr()
+    write_selected(file, select(file, KEEP), KEEP, tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["out", "out.zip"])
@@ -145,16 +179,18 @@ def test_report_escapes_everything_and_loads_nothing(tmp_path: Path) -> None:
     page, _ = html_report(hostile(tmp_path), KEEP)
     assert "<script" not in page
     assert "<b>" not in page
+    assert "class &lt;b&gt;&amp;<" in page
     assert "&lt;script&gt;alert(3)&lt;/script&gt;" in page
     assert "&lt;x&gt;.jsonl" in page
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
 
 
 def test_report_shows_the_hardest_first(jsonl: Path, tmp_path: Path) -> None:
     file = open_scores(scored(jsonl, tmp_path))
     page, chosen = html_report(file, KEEP, n_shown=3)
     order = np.argsort(-file.scores)
-    hardest, easiest = page.partition("<h2>Easiest</h2>")[::2]
+    hardest, easiest = page.partition('<h2 id="h-easiest">')[::2]
     cells = [f">{ROWS[i]['text']}<" for i in order]
     assert [cell in hardest for cell in cells] == [True] * 3 + [False] * 9
     assert [cell in easiest for cell in cells] == [False] * 9 + [True] * 3
@@ -166,8 +202,43 @@ def test_report_inlines_images(image_folder: Path, tmp_path: Path) -> None:
     assert page.count('src="data:image/png;base64,') == 4
 
 
+def test_report_lists_the_images_that_were_left_out(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "red" / "broken.png").write_bytes(b"nothing")
+    file = open_scores(scored(image_folder, tmp_path, skip_bad=True))
+    page, _ = html_report(file, KEEP, n_shown=2)
+    assert "Left out, since they cannot be read: 1 of 13 images" in page
+    assert "red/broken.png: its 7 bytes are no image of a known kind" in page
+
+
 def test_class_rows_give_counts_and_shares() -> None:
     assert class_rows({"a": 3, "<": 1}, {"a": 1, "<": 1}) == [
-        ("a", "3", "75.0%", "1", "50.0%"),
-        ("&lt;", "1", "25.0%", "1", "50.0%"),
+        ClassRow("a", "3", "75.0%", 100.0, "1", "50.0%", 66.7),
+        ClassRow("<", "1", "25.0%", 33.3, "1", "50.0%", 66.7),
     ]
+
+
+def test_of_many_classes_those_that_change_most_come_first() -> None:
+    before = {f"{number:02}": 10 for number in range(40)}
+    rows = class_rows(before, {**dict.fromkeys(before, 5), "17": 0, "23": 10})
+    assert {row.name for row in rows[:2]} == {"17", "23"}
+    assert len(rows) == 40
+
+
+def test_histogram_counts_all_and_kept_examples() -> None:
+    found = histogram(np.arange(40, dtype=np.float32), np.array([0, 1]))
+    assert [bar.top for bar in found.bars] == [0.0] * 40
+    assert [bar.kept_top for bar in found.bars] == [0.0, 0.0] + [100.0] * 38
+    assert (found.most, found.log) == ("1", False)
+
+
+def test_histogram_of_a_long_tail_is_logarithmic() -> None:
+    scores = np.geomspace(1, 1e6, 400).astype(np.float32)
+    found = histogram(scores, np.arange(100))
+    assert found.log
+    assert {bar.top for bar in found.bars} == {0.0}
+
+
+def test_histogram_of_equal_scores_has_one_bar() -> None:
+    found = histogram(np.zeros(5, np.float32), np.array([2]))
+    assert [bar.top for bar in found.bars] == [0.0] + [100.0] * 39
+    assert found.bars[0].kept_top == 80.0

@@ -142,6 +142,7 @@ def test_digest_follows_the_content(jsonl: Path) -> None:
         ("d.jsonl", '{"words": "a"}\n', "no text and no image column"),
         ("d.jsonl", '{"text": "a"}\n{"text": null}\n', "1 of 2 examples"),
         ("d.jsonl", '{"text": 3}\n', "holds no text"),
+        ("d.jsonl", '{"text": "a", "label": [0, 1]}\n', "holds no classes"),
         ("d.jsonl", "", "cannot be read"),
         ("d.parquet", "no parquet", "cannot be read"),
         ("d.zip", "no zip", "cannot be read"),

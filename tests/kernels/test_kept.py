@@ -1,0 +1,240 @@
+"""Column statistics, cache compaction, gates, varlen and heads of 256: references first, kernels against them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunekit_kernels.block_sparse_prefill import block_sparse_prefill, cases
+from prunekit_kernels.block_sparse_prefill.reference import reference
+from prunekit_kernels.cache_compact import cache_compact
+from prunekit_kernels.column_stats import column_stats
+from prunekit_kernels.sparse_decode import PageLists, sparse_decode
+from prunekit_kernels.sparse_decode import cases as decode
+from tests.kernels import kept
+from tests.kernels.interpreter import under_interpreter
+
+TYPES = (torch.float32, torch.bfloat16)
+# Probabilities from a float32 log-sum-exp: the products round as in attention, sums of probabilities do not.
+STATS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
+# Gradients sum products of two rounded matrices.
+GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    return under_interpreter(Path(__file__).parent / "interpret_kept.py", seconds=500)
+
+
+@pytest.mark.parametrize("shape", kept.STATS, ids=str)
+def test_column_statistics_are_those_of_the_attention_matrix(shape):
+    q, k, lse, starts, ends, offset, causal, scale, weights = kept.stats_inputs(shape, torch.float64, "cpu")
+    sums, most = column_stats(q, k, lse, causal=causal, starts=starts, ends=ends)
+    # The log-sum-exp that comes in is float32.
+    torch.testing.assert_close(sums.double(), weights.sum(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(most.double(), weights.amax(2), rtol=1e-5, atol=1e-6)
+    again = column_stats(q, k, lse, q_offset=offset, causal=causal, scale=scale, starts=starts, ends=ends)
+    assert torch.equal(again[0], sums)
+
+
+def test_columns_of_all_queries_sum_to_their_number():
+    case = cases.Case(1, 4, 2, 70, 70, 64, block_q=32, block_k=32)
+    q, k, v, _, _, _ = cases.make(case, torch.float32, "cpu", seed=0)
+    lists = cases.lists_of(torch.ones(1, 70, 70, dtype=torch.bool).tril(), case)
+    _, lse = block_sparse_prefill(q, k, v, lists)
+    sums, most = column_stats(q, k, lse)
+    torch.testing.assert_close(sums.sum(-1), torch.full((1, 4), 70.0))
+    assert most.max() <= 1.0 + 1e-5
+    with pytest.raises(ValueError, match="do not fit each other"):
+        column_stats(q, k, lse[:, :, :3])
+    with pytest.raises(ValueError, match="go together"):
+        column_stats(q, k, lse, starts=torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("case", decode.SMALL, ids=lambda case: case.name)
+def test_a_compacted_cache_is_read_as_the_old_one_was(case, page):
+    q, k, v, lists = decode.make(case, torch.float32, "cpu", seed=2)
+    made = cache_compact(k, v, lists, page_tokens=page)
+    got, sums = sparse_decode(q, made.k, made.v, made.lists)
+    expected, old = sparse_decode(q, k, v, lists)
+    assert torch.equal(got, expected)
+    assert torch.equal(sums, old)
+    assert made.k.shape[0] == int(((lists.tokens + page - 1) // page).sum())
+    assert torch.isfinite(made.k).all()
+
+
+def test_compaction_frees_what_no_head_keeps():
+    k, v = torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8)
+    mask = torch.zeros(1, 2, 64, dtype=torch.bool)
+    mask[0, 0, [3, 60]] = True
+    mask[0, 1, 5] = True
+    made = cache_compact(k, v, PageLists.from_mask(mask, 2), page_tokens=2)
+    assert made.k.numel() * 32 == k.numel()
+    assert torch.equal(made.k[:, :, 0], torch.stack([k[0, 0, [3, 60]], torch.stack([k[0, 1, 5], torch.zeros(8)])]))
+    with pytest.raises(ValueError, match="do not fit lists of 1 x 2"):
+        cache_compact(k[:, :1], v[:, :1], PageLists.from_mask(mask, 2))
+
+
+def dense_gated(q, k, v, lists, gates, free):
+    """Attention under a gate on each key, from the matrix itself."""
+    group = q.shape[1] // k.shape[1]
+    far = lists.q_offset + torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2]) >= free
+    bias = torch.where(far, gates.repeat_interleave(group, 1)[:, :, None, :], 0.0)
+    scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * q.shape[-1] ** -0.5 + bias
+    scores = scores.masked_fill(~lists.dense(), float("-inf"))
+    return scores.softmax(-1) @ v.repeat_interleave(group, 1), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("free", [1, 9])
+def test_gates_and_their_gradients_equal_those_of_autograd(free):
+    case = cases.Case(2, 4, 2, 50, 50, 64, block_q=32, block_k=32)
+    q, k, v, lists, _, _ = cases.make(case, torch.float64, "cpu", seed=0)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, kept.gates_of(case))]
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    grads = []
+    for run in (
+        lambda *t: block_sparse_prefill(*t[:3], lists, gates=t[3], free_tokens=free),
+        lambda *t: dense_gated(*t[:3], lists, t[3].double(), free),
+    ):
+        out, lse = run(*leaves)
+        grads.append((out, lse, *torch.autograd.grad((out * weight).sum() + lse.double().sum(), leaves)))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="do not fit keys"):
+        block_sparse_prefill(q, k, v, lists, gates=leaves[3][:, :1])
+
+
+def test_sequences_one_behind_another_equal_each_on_its_own():
+    q, k, v, starts, ends, lists = kept.varlen_inputs(torch.float64, "cpu", 32)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out, lse = block_sparse_prefill(*leaves, lists, starts=starts, ends=ends)
+    mask = lists.dense()
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        n = end - start
+        case = cases.Case(1, 4, 2, n, n, 64, block_q=32, block_k=32)
+        alone = [t[:, :, start:end].detach().requires_grad_() for t in leaves]
+        one, sums = block_sparse_prefill(*alone, cases.lists_of(mask[:, :n, :n], case))
+        torch.testing.assert_close(out[:, :, start:end], one)
+        torch.testing.assert_close(lse[:, :, start:end], sums)
+        got = torch.autograd.grad(out[:, :, start:end].sum(), leaves, retain_graph=True)
+        for whole, part in zip(got, torch.autograd.grad(one.sum(), alone), strict=True):
+            torch.testing.assert_close(whole[:, :, start:end], part)
+    with pytest.raises(ValueError, match="4 sequences do not fit a batch of 2"):
+        block_sparse_prefill(*(t.expand(2, -1, -1, -1) for t in (q, k, v)), lists, starts=starts, ends=ends)
+
+
+def test_operations_pass_the_checks_of_torch():
+    q, k, lse, starts, ends, offset, causal, scale, _ = kept.stats_inputs(kept.STATS[0], torch.float32, "cpu")
+    checks = ("test_schema", "test_faketensor")
+    arguments = (q.contiguous(), k.contiguous(), lse, starts, ends, offset, causal, scale)
+    done = torch.library.opcheck(torch.ops.prunekit.column_stats.default, arguments, test_utils=checks)
+    assert set(done.values()) == {"SUCCESS"}
+    _, k, v, lists = decode.make(decode.SMALL[0], torch.float32, "cpu", seed=1)
+    pages = torch.zeros_like(lists.starts)
+    tail = (lists.page_tokens, lists.paged, 16, int(lists.tokens.sum()), lists.longest)
+    arguments = (k.nan_to_num(), v.nan_to_num(), lists.indices, lists.starts, lists.tokens, pages, *tail)
+    done = torch.library.opcheck(torch.ops.prunekit.cache_compact.default, arguments, test_utils=checks)
+    assert set(done.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("number", range(len(kept.STATS)))
+def test_interpreted_column_statistics(interpreted, number, dtype):
+    assert max(interpreted["stats"][f"{number}-{dtype}"]) <= STATS[dtype]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("number", range(len(kept.GATED)))
+def test_interpreted_gates(interpreted, number, dtype):
+    expect_close(interpreted["gated"][f"{number}-{dtype}"], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_interpreted_varlen(interpreted, dtype):
+    expect_close(interpreted["varlen"][str(dtype)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("number", range(len(kept.WIDE)))
+def test_interpreted_heads_of_256(interpreted, number, dtype):
+    *forward, dq, dk, dv = interpreted["wide"][f"{number}-{dtype}"]
+    expect_close(forward, dtype)
+    assert max(dq, dk, dv) <= GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("case", decode.SMALL, ids=lambda case: case.name)
+def test_interpreted_compaction(interpreted, case):
+    assert all(interpreted["compacted"][case.name])
+
+
+def expect_close(found, dtype):
+    error, lse_error, same_rows = found
+    assert error <= cases.RELATIVE[dtype]
+    assert lse_error <= cases.LSE_ABSOLUTE[dtype]
+    assert same_rows
+
+
+@pytest.fixture
+def gpu(poison):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def close(got, expected):
+    finite = expected[1] > float("-inf")
+    expect_close(
+        (
+            cases.relative_error(got[0], expected[0]),
+            (got[1] - expected[1])[finite].abs().max().item(),
+            torch.equal(got[1] > float("-inf"), finite),
+        ),
+        torch.bfloat16,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", kept.LARGE_STATS, ids=str)
+def test_column_statistics_on_a_gpu(gpu, shape):
+    q, k, lse, starts, ends, offset, causal, scale, weights = kept.stats_inputs(shape, torch.bfloat16, "cuda")
+    sums, most = column_stats(q, k, lse, q_offset=offset, causal=causal, scale=scale, starts=starts, ends=ends)
+    assert cases.relative_error(sums, weights.sum(2)) <= STATS[torch.bfloat16]
+    assert cases.relative_error(most, weights.amax(2)) <= STATS[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [1, 16, 64])
+@pytest.mark.parametrize("case", decode.LARGE, ids=lambda case: case.name)
+def test_compaction_on_a_gpu(gpu, case, page):
+    q, k, v, lists = decode.make(case, torch.bfloat16, "cuda", seed=1)
+    made = cache_compact(k, v, lists, page_tokens=page)
+    on_cpu = cache_compact(k.cpu(), v.cpu(), lists.to("cpu"), page_tokens=page)
+    assert torch.equal(made.k.cpu(), on_cpu.k)
+    assert torch.equal(made.v.cpu(), on_cpu.v)
+    got, _ = sparse_decode(q, made.k, made.v, made.lists)
+    assert decode.relative_error(got, sparse_decode(q, k, v, lists)[0]) <= decode.RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "free"), kept.LARGE_GATED, ids=str)
+def test_gates_on_a_gpu(gpu, case, free):
+    q, k, v, lists, starts, ends = cases.make(case, torch.bfloat16, "cuda", seed=1)
+    gates = kept.gates_of(case).cuda()
+    got = block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends, gates=gates, free_tokens=free)
+    exact = [t.double() for t in (q, k, v)]
+    close(got, reference(*exact, lists, case.dim**-0.5, starts, ends, gates, free))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_varlen_on_a_gpu(gpu, dim):
+    q, k, v, starts, ends, lists = kept.varlen_inputs(torch.bfloat16, "cuda", 128, dim, (1000, 1, 63, 257, 128), 8, 2)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    got = block_sparse_prefill(*leaves, lists, starts=starts, ends=ends)
+    expected = block_sparse_prefill(*exact, lists, starts=starts, ends=ends)
+    close([t.detach() for t in got], [t.detach() for t in expected])
+    grad = torch.randn_like(q)
+    mine = torch.autograd.grad(got[0], leaves, grad)
+    for a, b in zip(mine, torch.autograd.grad(expected[0], exact, grad.double()), strict=True):
+        assert cases.relative_error(a, b) <= GRADIENT[torch.bfloat16]
