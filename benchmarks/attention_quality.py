@@ -1,9 +1,10 @@
 """What sparse attention costs a model that was not trained with it: perplexity and pass keys under each pattern.
 
     python benchmarks/attention_quality.py --out rows.jsonl [--lengths 2048] [--windows 2] [--keys 3]
-    python benchmarks/attention_quality.py --out rows.jsonl --device cuda --lengths 2048 8192 --windows 4 --keys 10
+    python benchmarks/attention_quality.py --out rows.jsonl --device cuda --dtype bfloat16 --lengths 2048 8192
 
-SmolLM2-135M-Instruct, in float32 on a CPU and as its checkpoint is, bfloat16, on a GPU. Perplexity reads windows of
+SmolLM2-135M-Instruct, in float32 on a CPU and as its files are on a GPU. The kernels take half precision alone: in
+float32 the plain reference runs, on a GPU too, so `--dtype bfloat16` is what measures them. Perplexity reads windows of
 wikitext2_eval as prompts; a pass key is read in a prompt of the same length and written in steps over the cache. Beside
 them stands the share of the blocks of dense attention that prompts read. Rows are appended as they come, and a pattern
 whose row is there already is left out, so a run that was stopped goes on; so does one that ran out of `--seconds`.
@@ -58,14 +59,18 @@ def patterns(length: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def counted_blocks(shares: list[float]) -> Iterator[None]:
-    """Notes which share of the blocks of dense attention each prompt of each layer reads."""
+def counted_blocks(shares: list[float], length: int) -> Iterator[None]:
+    """Notes which share of the blocks of dense attention each prompt of `length` tokens reads, layer by layer.
+
+    Shorter prompts are probes of the evaluation, which read everything.
+    """
     run = interface.block_sparse_prefill
 
     def counted(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **options: Any) -> tuple[Tensor, Tensor]:
         heads, rows = lists.counts.shape
         cols = -(-lists.n_keys // lists.block_k)
-        shares.append(lists.touched / (heads * (rows * (2 * cols - rows + 1) / 2)))
+        if lists.n_queries == length:
+            shares.append(lists.touched / (heads * (rows * (2 * cols - rows + 1) / 2)))
         return run(q, k, v, lists, **options)
 
     interface.block_sparse_prefill = counted
@@ -84,13 +89,14 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=3, help="pass keys; 0 leaves them out")
     parser.add_argument("--only", nargs="+", default=[], help="names of patterns; all if none is given")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="of the weights; float32 on a CPU and that of the files elsewhere if not given")
     parser.add_argument("--source", default=SOURCE, help=f"{SOURCE}, or a folder that holds it")
     parser.add_argument("--text", default=TEXT, help=f"{TEXT}, or a file of text")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no pattern is begun after so many")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="sparse attention runs in plain torch")
     began = time.monotonic()
-    subject = open_subject(options.source, options.device, None, 1)
+    subject = open_subject(options.source, options.device, options.dtype, 1)
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     for length in options.lengths:
         windows = token_batch(subject.tokenizer, options.text, options.windows, length)
@@ -116,7 +122,7 @@ def main() -> None:
             start = time.monotonic()
             shares: list[float] = []
             with attach(subject.model, chosen):
-                with counted_blocks(shares):
+                with counted_blocks(shares, length):
                     measured = perplexity(subject.model, windows)
                 right = task.run(prompts, subject, NULL_PROGRESS)["acc"].value if options.keys else None
             row = {
