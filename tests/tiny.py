@@ -175,6 +175,33 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_ENCODER, **_IMAGES, "num_frames": 4, "num_labels": 5},
     ),
 }
+# Families with an encoder and a decoder, whose depths differ.
+_STACKS = {"vocab_size": VOCAB, "d_model": HIDDEN, "pad_token_id": 0, "eos_token_id": 2}
+_T5 = {**_STACKS, "d_kv": HEAD, "d_ff": FFN, "num_layers": BLOCKS - 1, "num_decoder_layers": BLOCKS, "num_heads": HEADS}
+_T5 |= {"decoder_start_token_id": 0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+TWO_STACKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "whisper": (
+        "WhisperConfig",
+        "WhisperForConditionalGeneration",
+        {
+            **_STACKS,
+            "num_mel_bins": 8,
+            "encoder_layers": BLOCKS - 1,
+            "decoder_layers": BLOCKS,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": FFN,
+            "decoder_ffn_dim": FFN - 8,
+            "max_source_positions": 10,
+            "max_target_positions": 32,
+            "bos_token_id": 1,
+            "decoder_start_token_id": 1,
+            "begin_suppress_tokens": None,
+        },
+    ),
+    "t5": ("T5Config", "T5ForConditionalGeneration", _T5),
+    "mt5": ("MT5Config", "MT5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
+}
 IMAGE_MODELS = ("vit", "deit", "dinov2", "clip_vision_model", "siglip_vision_model", "videomae")
 # FFN neurons where they are not FFN.
 NEURONS = {"dinov2": 2 * HIDDEN}
@@ -214,7 +241,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, *
     """Model of a family in eval mode; norms and biases are random too, so that a lost one shows."""
     import transformers
 
-    config_name, model_name, arguments = FAMILIES[family]
+    config_name, model_name, arguments = (FAMILIES | TWO_STACKS)[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config_name)(**{**arguments, **changes})
     with built_in(dtype):
@@ -235,8 +262,15 @@ def write_tiny(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
 
 
 def tiny_inputs(family: str, batch: int = 2, length: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Inputs of a family: token ids, or pixels as float64."""
+    """Inputs of a family: token ids, or pixels or sound as float64."""
     generator = torch.Generator().manual_seed(seed)
+    if family in TWO_STACKS:
+        written = torch.randint(3, VOCAB, (batch, length), generator=generator)
+        if family == "whisper":
+            heard = torch.randn(batch, 8, 20, generator=generator, dtype=torch.float64)
+            return {"input_features": heard, "decoder_input_ids": written}
+        read = torch.randint(3, VOCAB, (batch, length + 4), generator=generator)
+        return {"input_ids": read, "decoder_input_ids": written}
     if family in IMAGE_MODELS:
         frames = [4] if family == "videomae" else []
         return {"pixel_values": torch.randn(batch, *frames, 3, 16, 16, generator=generator, dtype=torch.float64)}

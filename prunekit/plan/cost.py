@@ -30,7 +30,8 @@ class Cost:
         flops_per_token: two for each weight of a matrix that a token passes: blocks, with those experts only that one
             token goes to, head, patch projection. What attention spends on its context is left out, since it depends
             on its length.
-        kv_bytes_per_token: keys and values that a decoder keeps for each token, in the type of the weights.
+        kv_bytes_per_token: keys and values that a decoder keeps for each token, in the type of the weights; those that
+            its cross-attention keeps for each position of the encoder are left out.
         weight_bytes: bytes of all weights.
     """
 
@@ -156,7 +157,7 @@ def _flops(view: ModelView, parts: Iterable[tuple[TensorRef, int]]) -> int:
 
 
 def _kv_bytes(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> int:
-    if sublayer.kind != "attention" or not view.arch.decoder:
+    if sublayer.kind != "attention" or not view.stack_of(sublayer.block).decoder:
         return 0
     item = max(ITEM_BYTES[ref.dtype] for ref in sublayer.tensors if len(ref.shape) == 2)
     return 2 * widths["kv"] * widths["hd"] * item

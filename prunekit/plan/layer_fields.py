@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
 
-# For each block of the result the source blocks of its attention and its FFN.
-Sources = Sequence[tuple[int, int]]
+# For each block of the result the source blocks of its attention and its FFN, as in a layout.
+Sources = Sequence[tuple[int, ...]]
 # Lists of any configuration that have no entry a block, however long they are.
-_OTHER_LISTS = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id"}
+_OTHER_LISTS = {
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_decoder_ids",
+}
 # Blocks that need others, which no cut here looks after.
 _TIES = {
     "num_kv_shared_layers": "the last attentions read keys and values of earlier ones",
@@ -36,9 +44,9 @@ def ties(view: ModelView) -> str:
 
 def refusal(view: ModelView, sources: Sources) -> str:
     """Why a stock configuration cannot follow its blocks to these places, "" where it can."""
-    if all(pair == (i, i) for i, pair in enumerate(sources)) and len(sources) == len(view.blocks):
+    if all(set(pair) == {i} for i, pair in enumerate(sources)) and len(sources) == len(view.blocks):
         return ""
-    if view.text.get("scale_attn_by_inverse_layer_idx") and any(a != i for i, (a, _) in enumerate(sources)):
+    if view.text.get("scale_attn_by_inverse_layer_idx") and any(pair[0] != i for i, pair in enumerate(sources)):
         return "`scale_attn_by_inverse_layer_idx` ties a block's scale to its number"
     if view.arch.first_attention_stays and sources[0][0]:
         return "the stock class has no norm before its first attention, others have"
@@ -53,7 +61,7 @@ def follow(view: ModelView, sources: Sources) -> tuple[dict[str, Any], dict[str,
     """
     text, lists = view.text, explicit_lists(view)
     changed: dict[str, Any] = {
-        key: [lists[key][a if kind == "attention" else f] for a, f in sources]
+        key: [lists[key][pair[0] if kind == "attention" else pair[-1]] for pair in sources]
         for key, kind in view.arch.lists.items()
         if key in lists
     }
@@ -63,13 +71,13 @@ def follow(view: ModelView, sources: Sources) -> tuple[dict[str, Any], dict[str,
         changed |= dict.fromkeys(("stage_names", "out_indices", "out_features"))
     full = text.get("max_window_layers")
     if isinstance(full, int):
-        changed["max_window_layers"] = sum(a < full for a, _ in sources)
+        changed["max_window_layers"] = sum(pair[0] < full for pair in sources)
     for key, rule in view.arch.periodic.get(view.model_type, {}).items():
         if rule.key in text and changed.get(key) != rule.entries(text, len(sources)):
             changed[rule.key] = None
     if view.arch.sparse:
         dense = view.arch.dense_blocks(text, len(view.blocks))
-        changed[view.arch.sparse["dense"]] = [new for new, (_, f) in enumerate(sources) if f in dense]
+        changed[view.arch.sparse["dense"]] = [new for new, pair in enumerate(sources) if pair[-1] in dense]
         changed[view.arch.sparse["step"]] = 1
     return changed, _unquantised(view, sources)
 
@@ -121,9 +129,10 @@ def _unknown_rule(view: ModelView) -> str:
 
 def _unknown_list(view: ModelView) -> str:
     depth = len(view.blocks)
+    depths = {sum(block.stack == part.stack for block in view.blocks) for part in view.arch.each} - {0, 1}
     for section in (view.config, view.text):
         for key, value in section.items():
-            deep = isinstance(value, list) and len(value) == depth > 1 and key not in _OTHER_LISTS
+            deep = isinstance(value, list) and len(value) in depths and key not in _OTHER_LISTS
             if deep and key not in view.arch.lists and key not in view.arch.sparse.values():
                 return f"the list `{key}` of the configuration is as long as the model is deep, and nobody knows why"
     for key in view.arch.lists:
@@ -137,7 +146,7 @@ def _unmovable_module(view: ModelView, sources: Sources) -> str:
         if name.startswith("re:") and re.search(r"\d", name):
             return f"`{name}` of `quantization_config` may name blocks, and is a pattern"
         place = _place(view, name)
-        if place and not place[1] and any(place[0] in pair and pair[0] != pair[1] for pair in sources):
+        if place and not place[1] and any(place[0] in pair and len(set(pair)) > 1 for pair in sources):
             return f"`{name}` of `quantization_config` names a block of which only a part moves"
     return ""
 
@@ -162,13 +171,22 @@ def _renamed(view: ModelView, name: str, sources: Sources) -> list[str]:
     if place is None:
         return [name]
     block, rest = place
-    tables = view.arch.sublayers
-    column = int(any(f"{tensor}.".startswith(f"{rest}.") for tensor in (*tables["ffn"], *tables["dense_ffn"])))
-    moved = [new for new, pair in enumerate(sources) if pair[column] == block]
-    return [re.sub(rf"^({view.arch.block})\d+", rf"\g<1>{new}", name) for new in moved]
+    stack = view.stack_of(block)
+    tables = {
+        kind: [*stack.sublayers[kind], *(stack.sublayers["dense_ffn"] if kind == "ffn" else ())] for kind in stack.kinds
+    }
+    holds = (any(f"{tensor}.".startswith(f"{rest}.") for tensor in tables[kind]) for kind in stack.kinds)
+    column = next((i for i, found in enumerate(holds) if found), 0)
+    mine = [pair for pair in sources if view.stack_of(pair[0]) is stack]
+    moved = [new for new, pair in enumerate(mine) if pair[column] == block]
+    return [re.sub(rf"^({stack.block})\d+", rf"\g<1>{new}", name) for new in moved]
 
 
 def _place(view: ModelView, name: str) -> tuple[int, str] | None:
-    """Block of a module and the rest of its name; None outside blocks."""
-    found = re.fullmatch(rf"{view.arch.block}(\d+)(?:\.(.+))?", name)
-    return (int(found[1]), found[2] or "") if found else None
+    """Block of a module, counted through the stacks, and the rest of its name; None outside blocks."""
+    for part in view.arch.each:
+        found = re.fullmatch(rf"{part.block}(\d+)(?:\.(.+))?", name)
+        if found:
+            first = next(block.index for block in view.blocks if block.stack == part.stack)
+            return first + int(found[1]), found[2] or ""
+    return None

@@ -213,7 +213,7 @@ def changed_kinds(view: ModelView, plan: Plan) -> frozenset[str]:
     found: set[str] = set()
     for sublayer in _left(view, plan):
         widths = kept_widths(sublayer, plan)
-        if sublayer.kind == "attention":
+        if sublayer.role == "attention":
             cut = HIDDEN in plan.keep or any(widths[axis] != sublayer.widths[axis] for axis in ("kv", "rep"))
             # The dense model itself may have heads that do not make up the hidden width.
             if cut and widths["kv"] * widths["rep"] * widths["hd"] != kept_hidden(view, plan):
