@@ -177,7 +177,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 # Families with an encoder and a decoder, whose depths differ.
 _STACKS = {"vocab_size": VOCAB, "d_model": HIDDEN, "pad_token_id": 0, "eos_token_id": 2}
-_T5 = {**_STACKS, "d_kv": HEAD, "d_ff": FFN, "num_layers": BLOCKS - 1, "num_decoder_layers": BLOCKS, "num_heads": HEADS}
+_T5 = {**_STACKS, "d_kv": HEAD, "d_ff": FFN, "num_layers": BLOCKS, "num_decoder_layers": BLOCKS - 1, "num_heads": HEADS}
 _T5 |= {"decoder_start_token_id": 0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
 TWO_STACKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "whisper": (

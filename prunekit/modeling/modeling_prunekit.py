@@ -464,7 +464,11 @@ _DECODERS = {"T5Block": _T5_DECODER, "MT5Block": _T5_DECODER}
 # By a class that only the older module of a block's class has.
 _OLDER = {"Dinov2SelfAttention": _OLDER_DINOV2}
 # Language models inside others come last.
-_PLACES = (*dict.fromkeys(family.blocks for family in _FAMILIES.values()), "language_model.layers", "text_model.layers")
+_PLACES = (
+    *dict.fromkeys(family.blocks for family in (*_FAMILIES.values(), *_DECODERS.values())),
+    "language_model.layers",
+    "text_model.layers",
+)
 _STACKS = ("encoder", "decoder")
 
 

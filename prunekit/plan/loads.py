@@ -161,6 +161,8 @@ def _gguf_place(view: ModelView, plan: Plan, other: Place) -> Place:
 def _onnx(view: ModelView) -> Place:
     if view.section:
         return Place("ONNX Runtime", False, "models that see are not exported")
+    if view.arch.stacks:
+        return Place("ONNX Runtime", False, "models with an encoder and a decoder are not exported")
     if view.model_type not in _EXPORTED:
         return Place("ONNX Runtime", None, f"`prunekit export` is not tested with `{view.model_type}`")
     return Place("ONNX Runtime", True, "through `prunekit export`")
@@ -246,7 +248,8 @@ def _toward_stock(view: ModelView, plan: Plan) -> str:
         if len({(*kept_widths(s, plan).items(),) for s in _left(view, plan)}) > len(before):
             return "leave the same widths in every block, as `within: group` does"
         return "leave the heads whole" if "heads" in changed_kinds(view, plan) else "leave `layout` at auto"
-    for extra in sorted((_to_turns(view, plan), _whole_blocks(view, plan)), key=len):
+    ways = [*([] if view.arch.stacks else [_to_turns(view, plan)]), _whole_blocks(view, plan)]
+    for extra in sorted(ways, key=len):
         more = {*plan.drop, *extra}
         if len(more) < len(view.sublayers) and is_stock(view, Plan.make(view, more)):
             if len(extra) <= _NAMED:

@@ -20,7 +20,7 @@ class BlockShape:
     """Widths and costs of one block; None where the block has no such sub-layer.
 
     Args:
-        block: index in the model.
+        block: index in the model, or in its stack.
         heads: query heads.
         kv_groups: key-value heads.
         head_width: numbers per head.
@@ -29,6 +29,8 @@ class BlockShape:
         params: parameters of the block.
         flops: floating-point operations a token.
         kv_bytes: bytes of KV cache a token.
+        stack: `encoder` or `decoder`, "" in a model with one stack.
+        cross_heads: heads of the cross-attention, None where there is none.
     """
 
     block: int
@@ -40,6 +42,8 @@ class BlockShape:
     params: int
     flops: int
     kv_bytes: int
+    stack: str = ""
+    cross_heads: int | None = None
 
     def shape(self) -> tuple[object, ...]:
         """All but the index: equal shapes are printed as one range."""
@@ -52,14 +56,14 @@ def block_shapes(view: ModelView) -> list[BlockShape]:
 
 
 def _shape(view: ModelView, block: Block) -> BlockShape:
-    attention, ffn = block.attention, block.ffn
-    present = [s.address for s in (attention, ffn) if s is not None]
+    attention, ffn, cross = block.attention, block.ffn, block.cross_attention
+    present = [s.address for s in block.sublayers]
 
     def total(of: str) -> int:
         return round(sum(unit_cost(view, address, of) for address in present))
 
     return BlockShape(
-        block=block.index,
+        block=block.index if block.number is None else block.number,
         heads=attention.widths["kv"] * attention.widths["rep"] if attention else None,
         kv_groups=attention.widths["kv"] if attention else None,
         head_width=attention.widths["hd"] if attention else None,
@@ -68,19 +72,22 @@ def _shape(view: ModelView, block: Block) -> BlockShape:
         params=total("params"),
         flops=total("flops"),
         kv_bytes=total("kv_bytes"),
+        stack=block.stack,
+        cross_heads=cross.widths["kv"] if cross else None,
     )
 
 
 def structure_table(shapes: Sequence[BlockShape]) -> Table:
     """Rich table: a line a range of equal blocks, costs per block."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    mixed = any(shape.experts for shape in shapes)
+    mixed, crossed = any(shape.experts for shape in shapes), any(shape.cross_heads for shape in shapes)
     table.add_column("blocks")
     heads = (
         "count",
         "heads",
         "KV groups",
         "head width",
+        *(["cross heads"] if crossed else []),
         "FFN width",
         *(["experts"] if mixed else []),
         "parameters (k)",
@@ -91,9 +98,11 @@ def structure_table(shapes: Sequence[BlockShape]) -> Table:
         table.add_column(head, justify="right")
     for run in fold(shapes, BlockShape.shape):
         first = run[0]
-        widths = (first.heads, first.kv_groups, first.head_width, first.ffn, *([first.experts] if mixed else []))
+        cross = [first.cross_heads] if crossed else []
+        experts = [first.experts] if mixed else []
+        widths = (first.heads, first.kv_groups, first.head_width, *cross, first.ffn, *experts)
         table.add_row(
-            numbers([s.block for s in run]),
+            f"{first.stack} {numbers([s.block for s in run])}".lstrip(),
             str(len(run)),
             *("none" if w is None else f"{w:,}" for w in widths),
             f"{first.params / 1e3:,.1f}",

@@ -104,6 +104,8 @@ class Architecture:
         fixed: width kinds that cannot be cut, and why: what is left would compute something else.
         shared_heads: whether a tensor outside blocks has an entry for each head, so that heads keep their numbers.
         shared: pattern of tensors that belong to all blocks and are stored as if they were one block's, "" for none.
+        deepest: the stack that none may be deeper than, "" for none: the stock class counts by its blocks the layers of
+            its KV cache.
         first_attention_stays: whether the first attention differs from the others and cannot be another one.
         block: pattern of tensor names up to the block's number.
         sublayers: tensors of `attention`, `cross_attention` (that reads what an encoder gives; most have none), `ffn`
@@ -137,6 +139,7 @@ class Architecture:
     fixed: Mapping[str, str]
     shared_heads: bool
     shared: str
+    deepest: str
     first_attention_stays: bool
     block: str
     sublayers: Mapping[str, Mapping[str, Pattern]]
@@ -280,6 +283,7 @@ _OPTIONAL: dict[str, Any] = {
     "tied": [],
     "shared_heads": False,
     "shared": "",
+    "deepest": "",
     "cross_attention": {},
     "stacks": {},
     "first_attention_stays": False,
@@ -322,6 +326,7 @@ def _described(name: str, data: dict[str, Any]) -> Architecture:
         fixed=data["fixed"],
         shared_heads=data["shared_heads"],
         shared=data["shared"],
+        deepest=data["deepest"],
         first_attention_stays=data["first_attention_stays"],
         block=data["block"],
         sublayers={kind: _patterns(data[kind]) for kind in (*SUBLAYER_KINDS, "dense_ffn")},

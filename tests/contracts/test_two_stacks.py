@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,16 @@ import pytest
 import torch
 import transformers
 
-from prunekit.core.errors import PlanError, StructureError
 from prunekit.core.files import atomic_folder
 from prunekit.modeling.load import load_model
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import WIDTHS, ModelView
 from prunekit.surgery import engine
-from tests.tiny import BLOCKS, HEAD, TWO_STACKS, tiny_inputs, tiny_model, write_tiny
+from tests.tiny import HEAD, TWO_STACKS, tiny_inputs, tiny_model, write_tiny
 
 # float64 both times, the same sums in another order.
 TOLERANCE = 1e-10
-ENCODER, DECODER = BLOCKS - 1, BLOCKS
 CUTS = ("blocks", "sublayers", "cross_attention", "kv_groups", "neurons", "mixture")
 # Where blocks are, and the output matrices of the sub-layers in a block of each stack.
 _WHISPER = {"attention": "self_attn.out_proj", "cross_attention": "encoder_attn.out_proj", "ffn": "fc2"}
