@@ -18,6 +18,7 @@ from prunekit.plan.cost import kept_experts, kept_hidden
 from prunekit.plan.layout import Layout, choose_layout, placed
 from prunekit.plan.plan import VOCAB, Plan
 from prunekit.structure.view import ModelView, TensorRef
+from prunekit.surgery.alignment import write_alignment
 from prunekit.surgery.config import cut_config
 from prunekit.surgery.hidden import scale
 from prunekit.surgery.sidecar import model_files, write_model_files, write_pooled_width
@@ -73,6 +74,7 @@ def apply(
         write_pooled_width(folder, view.hidden, kept_hidden(view, plan))
         if VOCAB in plan.keep:
             write_vocabulary(source, folder, plan.keep[VOCAB])
+        write_alignment(folder, view, plan)
         if layout.kind == "heterogeneous":
             shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)
     return layout
