@@ -129,6 +129,8 @@ def _written(model: Any, inputs: dict[str, Any], new_tokens: int) -> dict[str, A
 
     # Of a class that goes through sound in a loop of its own, the plain one.
     generate = transformers.GenerationMixin.generate
+    if model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = 0
 
     def tokens(inputs: dict[str, Any], use_cache: bool) -> list[list[int]]:
         begin = inputs["decoder_input_ids"]

@@ -93,6 +93,9 @@ def trace(model: PreTrainedModel, opset: int | None = None, plain_heads: bool = 
     """
     from transformers.exporters import OnnxConfig, OnnxExporter
 
+    if has_encoder(model):
+        why = "models with an encoder and a decoder are not exported"
+        raise ExportError(f"`{type(model).__name__}` cannot be written as ONNX", why=why)
     parts: dict[str, Any] = {}
     try:
         with _quiet(), torch.no_grad():

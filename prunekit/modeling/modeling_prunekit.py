@@ -921,11 +921,28 @@ class _Pruned:
     # transformers looks for these in the text of the file that a class is from, which here is not the stock one.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return bool(cls.__bases__[1]._can_set_attn_implementation())  # type: ignore[attr-defined]
+        return bool(cls.__bases__[-1]._can_set_attn_implementation())  # type: ignore[attr-defined]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return bool(cls.__bases__[1]._can_set_experts_implementation())  # type: ignore[attr-defined]
+        return bool(cls.__bases__[-1]._can_set_experts_implementation())  # type: ignore[attr-defined]
+
+
+class _PromptAsGiven:
+    """Comes before Whisper: transformers knows by the model type that its prompts begin as they should."""
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if model_kwargs.get("decoder_input_ids") is not None:
+            return model_kwargs.pop("decoder_input_ids"), model_kwargs
+        prepare: Any = super()._prepare_decoder_input_ids_for_generation  # type: ignore[misc]
+        made: tuple[Tensor, dict[str, Any]] = prepare(batch_size, model_input_name, model_kwargs, *args, **kwargs)
+        return made
+
+
+# By stock model type: what comes before its classes besides.
+_BEFORE: dict[str, tuple[type, ...]] = {"whisper": (_PromptAsGiven,)}
 
 
 def __getattr__(name: str) -> Any:
@@ -953,7 +970,7 @@ def _make_classes(model_type: str) -> None:
     config = _make(config_name, (stock_config,), {"model_type": f"prunekit_{model_type}", "_auto_class": "AutoConfig"})
     for name in names:
         stock, auto = getattr(transformers, name.removeprefix("Prunekit")), auto_class(name)
-        cls = _make(name, (_Pruned, stock), {"config_class": config, "_auto_class": auto})
+        cls = _make(name, (*_BEFORE.get(model_type, ()), _Pruned, stock), {"config_class": config, "_auto_class": auto})
         getattr(transformers, auto).register(config, cls, exist_ok=True)
         _rename(stock.__name__, name)
     _rename(model_type, config.model_type)

@@ -44,19 +44,16 @@ def ties(view: ModelView) -> str:
 
 def refusal(view: ModelView, sources: Sources) -> str:
     """Why a stock configuration cannot follow its blocks to these places, "" where it can."""
+    deep = cache_refusal(view, [view.blocks[pair[0]].stack for pair in sources])
+    if deep:
+        return deep
     if all(set(pair) == {i} for i, pair in enumerate(sources)) and len(sources) == len(view.blocks):
         return ""
     if view.text.get("scale_attn_by_inverse_layer_idx") and any(pair[0] != i for i, pair in enumerate(sources)):
         return "`scale_attn_by_inverse_layer_idx` ties a block's scale to its number"
     if view.arch.first_attention_stays and sources[0][0]:
         return "the stock class has no norm before its first attention, others have"
-    return (
-        _too_deep(view, sources)
-        or _stages(view)
-        or _unknown_rule(view)
-        or _unknown_list(view)
-        or _unmovable_module(view, sources)
-    )
+    return _stages(view) or _unknown_rule(view) or _unknown_list(view) or _unmovable_module(view, sources)
 
 
 def follow(view: ModelView, sources: Sources) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,16 +114,17 @@ def _every(types: list[str]) -> int:
     return next((n for n in numbers if windowed == [i % n > 0 for i in range(len(types))]), 0)
 
 
-def _too_deep(view: ModelView, sources: Sources) -> str:
-    """A stack that becomes deeper than the one that the stock class counts its KV cache by; the source's own may be."""
+def cache_refusal(view: ModelView, stacks: Sequence[str]) -> str:
+    """Why a model cannot keep keys and values, "" where it can.
+
+    Args:
+        view: says by which stack's depth they are counted.
+        stacks: that of each block.
+    """
     most = view.arch.deepest
-    if not most:
-        return ""
-    before = [block.stack for block in view.blocks]
-    after = [before[pair[0]] for pair in sources]
-    deeper = (s.stack for s in view.arch.each if after.count(s.stack) > after.count(most))
-    stack = next((stack for stack in deeper if before.count(stack) <= before.count(most)), None)
-    return "" if stack is None else f"the stock class has no KV cache for a {stack} that is deeper than the {most}"
+    deeper = (s.stack for s in view.arch.each if most and stacks.count(s.stack) > stacks.count(most))
+    stack = next(deeper, None)
+    return "" if stack is None else f"the class has no KV cache for a {stack} that is deeper than the {most}"
 
 
 def _stages(view: ModelView) -> str:

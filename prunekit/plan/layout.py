@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from prunekit.core.errors import PlanError
 from prunekit.modeling.families import hetero_families
 from prunekit.plan.cost import kept_hidden, kept_widths
-from prunekit.plan.layer_fields import refusal, ties
+from prunekit.plan.layer_fields import cache_refusal, refusal, ties
 from prunekit.structure.view import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ def choose_layout(view: ModelView, plan: Plan, wanted: str = "auto") -> Layout:
         known = ", ".join(hetero_families())
         raise PlanError(f"`{view.model_type}` cannot have blocks that differ", why=reason, hint=f"known are: {known}")
     _require_hidden(view, plan)
+    why = cache_refusal(view, [block.stack for block in view.blocks])
+    if why:
+        what = f"`{view.model_type}` cannot have blocks that differ here"
+        raise PlanError(what, why=why, hint="remove whole blocks of that")
     there = {(sublayer.block, sublayer.kind) for sublayer in left}
     pairs = tuple(
         tuple(i if (i, kind) in there else None for kind in view.stack_of(i).kinds) for i in range(len(view.blocks))
@@ -118,7 +122,8 @@ def _stock(view: ModelView, plan: Plan, left: list[SubLayer]) -> tuple[Layout | 
 def _turns(view: ModelView, stack: Architecture) -> str:
     if not stack.stack:
         return "attention and FFN no longer take turns"
-    return f"{', '.join(stack.kinds).replace('_', '-').replace('ffn', 'FFN')} of the {stack.stack} no longer take turns"
+    kinds = ", ".join(stack.kinds[:-1]).replace("_", "-")
+    return f"{kinds} and FFN of the {stack.stack} no longer take turns"
 
 
 def _unequal(view: ModelView, plan: Plan, left: list[SubLayer]) -> str:

@@ -254,6 +254,8 @@ def _toward_stock(view: ModelView, plan: Plan) -> str:
         if len(more) < len(view.sublayers) and is_stock(view, Plan.make(view, more)):
             if len(extra) <= _NAMED:
                 return f"remove {' and '.join(extra)} too"
+            if view.arch.stacks:
+                return f"remove {len(extra)} more sub-layers, or use `remove: blocks`"
             return f"remove {len(extra)} more sub-layers, or use `remove: sublayers` with `keep_alternating: true`"
     return ""
 
