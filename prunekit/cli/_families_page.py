@@ -19,9 +19,10 @@ of its own. A dash: there are none. Every cell is tested: a cut model computes i
 with the removed parts masked (in float32 behind a router).
 
 Methods that run sub-layers one at a time (every search, and scores that need data) refuse models whose attention and
-FFN read the same stream.
+FFN read the same stream, and models with an encoder and a decoder. In those, cross-attention goes as attention does.
 
-ONNX export is tested with llama, qwen2, qwen3, gpt2, bert and vit only. Models that see are not exported.
+ONNX export is tested with llama, qwen2, qwen3, gpt2, bert and vit only. Models that see, and those with an encoder and
+a decoder, are not exported.
 """
 _HEAD = "| model type | sub-layers | KV groups | query heads | neurons | experts |\n|---|---|---|---|---|---|"
 
