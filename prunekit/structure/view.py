@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint.reader import Checkpoint
-from prunekit.core.errors import StructureError
+from prunekit.core.errors import PlanError, StructureError
 from prunekit.structure.architecture import PREFIX, Architecture, HiddenRule, Layout, Norm, architecture, dim_size
+from prunekit.structure.packed import Packed, holders, literal, packed_matrices, quant_method
 from prunekit.structure.shape import SUBLAYER_KINDS, Shape, SublayerKind, text_config
 
 # Width kinds: the sub-layer they narrow, and the axis that is cut.
@@ -26,6 +27,7 @@ HIDDEN = "hidden"
 # Parts of heads that architecture files do not name one by one.
 _HEADS = re.compile(r".*(?:predictions|decoder|lm_head|vocab_projector)\.(?:weight|bias)")
 _PARTS = {"part": 3, "half": 2}
+PACKED_HINT = "remove blocks or sub-layers, or cut the model before it is quantised"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class TensorRef:
         layout: for each dimension the axes it factors into, outermost first: a query projection has
             `(("kv", "rep", "hd"), ("hidden",))`.
         expert: number of the expert that it belongs to, None for none.
+        packed: the quantised matrix that it belongs to, None for none; its dimensions are then plain lengths.
     """
 
     name: str
@@ -46,6 +49,12 @@ class TensorRef:
     shape: tuple[int, ...]
     layout: Layout
     expert: int | None = None
+    packed: Packed | None = None
+
+    @property
+    def matrix(self) -> str:
+        """Its name in a checkpoint that is not quantised."""
+        return self.name if self.packed is None else self.packed.matrix
 
 
 @dataclass(frozen=True)
@@ -142,14 +151,18 @@ class ModelView:
         shape = Shape(checkpoint.config, arch)
         owned: dict[tuple[int, str], list[TensorRef]] = {}
         outer = []
+        lengths = {name: info.n_bytes for name, info in checkpoint.tensors.items()}
+        packed = packed_matrices(checkpoint.config, lengths, arch)
+        holding = holders(packed, lengths)
         for name in checkpoint.tensors:
             if arch.is_ignored(name):
                 continue
-            place = arch.split(name)
+            matrix = packed.get(name, "")
+            place = arch.split(matrix or name)
             if place is None:
-                outer.append(_outer(checkpoint, arch, shape, name))
+                outer.append(_outer(checkpoint, arch, shape, name, matrix, name in holding))
             else:
-                kind, ref = _inner(checkpoint, arch, shape, name, *place)
+                kind, ref = _inner(checkpoint, arch, shape, name, *place, matrix, name in holding)
                 owned.setdefault((place[0], kind), []).append(ref)
         blocks = tuple(
             Block(i, *(_sublayer(arch, shape, i, kind, owned.get((i, kind), [])) for kind in SUBLAYER_KINDS))
@@ -229,7 +242,43 @@ class ModelView:
         return ref.shape[:1] == (self.vocabulary,) and _HEADS.fullmatch(ref.name) is not None
 
     def _outer_like(self, pattern: str) -> TensorRef | None:
-        return next((ref for ref in self.outer if pattern and re.fullmatch(pattern, ref.name)), None)
+        held = (ref for ref in self.outer if ref.packed is None or ref.packed.weights)
+        return next((ref for ref in held if pattern and re.fullmatch(pattern, ref.matrix)), None)
+
+    @cached_property
+    def quantised(self) -> str:
+        """By which method matrices are quantised, such as `gptq`; "" where none is."""
+        parts = (ref for sublayer in self.sublayers for ref in sublayer.tensors)
+        found = any(ref.packed is not None for ref in (*self.outer, *parts))
+        return quant_method(self.config) if found else ""
+
+    def require_plain(self, what: str) -> None:
+        """Makes sure that weights are numbers that can be read and written.
+
+        Args:
+            what: wants it.
+        Raises:
+            PlanError: if matrices are quantised.
+        """
+        if self.quantised:
+            raise PlanError(
+                f"{what} does not go with a quantised checkpoint",
+                why=f"its matrices are packed ({self.quantised}), and nothing here reads or writes such values",
+                hint="use the model that is not quantised, and quantise the result",
+            )
+
+    def packed_along(self, address: str) -> str:
+        """Why a width cannot be cut, "" where no quantised matrix is in the way.
+
+        Args:
+            address: `blocks.3.ffn.neurons`, `hidden` or `vocab`.
+        """
+        owner, _, kind = address.rpartition(".")
+        parts = self.sublayers if not owner else [s for s in self.sublayers if s.address == owner]
+        refs = (*(() if owner else self.outer), *(ref for part in parts for ref in part.tensors))
+        axis = WIDTHS[kind][1] if kind in WIDTHS else address
+        found = next((ref.matrix for ref in refs if ref.packed is not None and axis in ref.packed.axes), "")
+        return found and f"`{found}` is quantised ({self.quantised}), and packed values are not cut"
 
     @property
     def projection(self) -> TensorRef | None:
@@ -278,6 +327,9 @@ class ModelView:
         if kind in WIDTHS:
             if kind in self.arch.fixed:
                 raise StructureError(f"{kind} of `{self.model_type}` cannot be cut", why=self.arch.fixed[kind])
+            packed = next(filter(None, (self.packed_along(f"{s.address}.{kind}") for s in self.sublayers)), "")
+            if packed:
+                raise StructureError(f"{kind} cannot be cut here", why=packed, hint=PACKED_HINT)
             groups = tuple(self._width_groups(kind))
             if kind == "query_heads" and all(len(group.units) == 1 for group in groups):
                 raise StructureError(
@@ -306,7 +358,9 @@ class ModelView:
         Raises:
             StructureError: where that is not known for the model, or one of its tensors.
         """
-        rule = self.arch.hidden
+        rule, packed = self.arch.hidden, self.packed_along(HIDDEN)
+        if packed:
+            raise StructureError("hidden channels cannot be cut here", why=packed, hint=PACKED_HINT)
         if rule is None or self.model_type not in rule.model_types:
             raise StructureError(
                 f"hidden channels of `{self.model_type}` cannot be cut", why="its norms and tables are not described"
@@ -349,17 +403,20 @@ class ModelView:
                 f"`{sublayer.address}` has no single output projection", why="every expert has its own"
             )
         wanted = self.arch.output_projection(self._variant(sublayer))
-        return next(ref for ref in sublayer.tensors if (place := self.arch.split(ref.name)) and place[1] == wanted)
+        return next(ref for ref in sublayer.tensors if (place := self.arch.split(ref.matrix)) and place[1] == wanted)
 
 
-def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str) -> TensorRef:
-    pattern, info = arch.find_outer(name), checkpoint.tensors[name]
+def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, matrix: str, holds: bool) -> TensorRef:
+    pattern, info = arch.find_outer(matrix or name), checkpoint.tensors[name]
     if pattern is None:
         raise StructureError(
             f"tensor `{name}` is not part of `{arch.name}` as prunekit knows it",
             why="cutting around a tensor nobody understands could break the model",
             at=info.file,
         )
+    if matrix:
+        packed = Packed.of(matrix, pattern.layout or (), {"hidden": shape.hidden, "vocab": shape.vocabulary}, holds)
+        return TensorRef(name, info.dtype, info.shape, literal(info.shape), packed=packed)
     layout = pattern.layout or tuple((f"d{i}",) for i in range(len(info.shape)))
     if layout and layout[-1] == ("...",):
         layout = (*layout[:-1], *((f"rest{i}",) for i in range(len(layout), len(info.shape) + 1)))
@@ -376,7 +433,7 @@ def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str) 
 
 
 def _inner(
-    checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, block: int, rest: str
+    checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, block: int, rest: str, matrix: str, holds: bool
 ) -> tuple[SublayerKind, TensorRef]:
     info = checkpoint.tensors[name]
     general, expert = arch.expert_of(rest)
@@ -395,6 +452,9 @@ def _inner(
     if expert is not None and expert >= sizes["experts"]:
         why = f"the configuration gives block {block} {sizes['experts']} experts"
         raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
+    if matrix:
+        packed = Packed.of(matrix, layout, sizes, holds)
+        return kind, TensorRef(name, info.dtype, info.shape, literal(info.shape), expert, packed)
     expected = tuple(dim_size(dim, sizes) for dim in layout)
     if expected != info.shape:
         raise _wrong_shape(name, info.shape, " x ".join(map(str, expected)))
@@ -411,7 +471,7 @@ def _sublayer(
 ) -> SubLayer | None:
     if not shape.present(block, kind):
         return None
-    held = {place[1] for ref in tensors if (place := arch.split(ref.name))}
+    held = {place[1] for ref in tensors if (place := arch.split(ref.matrix))}
     wanted = [name for name, pattern in shape.tensors(block, kind).items() if not pattern.optional]
     experts = range(shape.widths(block, kind).get("experts", 1))
     missing = [one for name in wanted for i in experts if (one := name.format(expert=i)) not in held]

@@ -112,8 +112,36 @@ def test_modules_that_are_not_quantised_follow_their_blocks(opened: Open, key: s
     assert section[key] == ["lm_head", "model.layers.0.mlp", "re:.*gate.*"]
 
 
+def test_modules_are_followed_wherever_a_quantisation_names_them(opened: Open) -> None:
+    section = {
+        "config_groups": {"group_0": {"targets": ["model.layers.0.mlp", "model.layers.3.mlp", "re:.*self_attn.*"]}},
+        "extra_config": {"model.layers.0.mlp": {"bits": 8}, "model.layers.2.self_attn": {"bits": 8}},
+    }
+    view = opened("llama", {"quantization_config": section})
+    assert cut(view, BLOCK_0)["quantization_config"] == {
+        "config_groups": {"group_0": {"targets": ["model.layers.2.mlp", "re:.*self_attn.*"]}},
+        "extra_config": {"model.layers.1.self_attn": {"bits": 8}},
+    }
+    older = opened("llama", {"compression_config": {"ignore": ["model.layers.3.mlp"]}})
+    assert cut(older, BLOCK_0)["compression_config"] == {"ignore": ["model.layers.2.mlp"]}
+
+
+def test_single_name_of_a_block_is_refused(opened: Open) -> None:
+    with pytest.raises(PlanError) as caught:
+        cut(opened("llama", {"quantization_config": {"first": "model.layers.0.mlp"}}), BLOCK_0)
+    assert "names a block where no list does" in caught.value.why
+
+
 @pytest.mark.parametrize(
-    ("name", "drop"), [("re:.*layers.3.*", BLOCK_0), ("model.layers.1", STAGGERED)], ids=["pattern", "half-a-block"]
+    ("name", "drop"),
+    [
+        ("re:.*layers.3.*", BLOCK_0),
+        ("*layers.3*", BLOCK_0),
+        ("-:model.layers.3.mlp", BLOCK_0),
+        (r"model\.layers\.[0-3]\.mlp", BLOCK_0),
+        ("model.layers.1", STAGGERED),
+    ],
+    ids=["expression", "stars", "gptqmodel", "range", "half-a-block"],
 )
 def test_modules_that_cannot_be_renamed_are_refused(opened: Open, name: str, drop: tuple[str, ...]) -> None:
     view = opened("llama", {"quantization_config": {"ignore": [name]}})
