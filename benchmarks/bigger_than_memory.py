@@ -3,7 +3,8 @@
     python benchmarks/bigger_than_memory.py --work FOLDER --output benchmarks/results/bigger_than_memory.jsonl
 
 Every verb is a process of its own in a control group with the limit, which counts the page cache too and takes it back
-where it must; where no group can be made (it takes root), the peak is measured all the same and `limited_by` says so.
+where it must. The kernel is asked to forget the checkpoint before each, so that what a verb maps or reads of it counts as
+its own; where no group can be made (it takes root), the peak is measured all the same and `limited_by` says so.
 FOLDER takes the checkpoint and what is left of it, and is emptied at the end.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from make_checkpoint import write_checkpoint
-from surgery_speed import LAUNCHER, cpu
+from surgery_speed import LAUNCHER, cpu, forget
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -106,7 +107,6 @@ def main() -> None:
     if not source.exists():
         write_checkpoint(source, given.gigabytes)
     print(f"written in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    os.sync()
     group = Group(int(given.limit_gb * 1e9))
     write_tokenizer(source)
     read = {"calibrate": {"data": "wikitext2", "sequences": max(1, given.sequences), "length_tokens": 128}}
@@ -122,6 +122,7 @@ def main() -> None:
         del verbs["block_influence"]
     rows = []
     for name, words in verbs.items():
+        forget(source)
         figures = run(group, *words, "--quiet")
         tokens = {"tokens": given.sequences * 128} if name == "block_influence" else {}
         rows.append({"what": name, "source_gb": size_gb(source), "limit_gb": given.limit_gb, **tokens, **figures})

@@ -21,7 +21,20 @@ _TIES = {
     "num_nextn_predict_layers": "prediction heads after the last block read what it puts out",
 }
 # Keys that speak of single blocks in families that are known to read them.
-_RULES = ("sliding_window_pattern", "no_rope_layer_interval", "mlp_only_layers")
+_RULES = (
+    "sliding_window_pattern",
+    "no_rope_layer_interval",
+    "mlp_only_layers",
+    "hybrid_override_pattern",
+    "full_attention_interval",
+    "attn_layer_period",
+    "expert_layer_period",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "interleave_moe_layer_step",
+    "cross_attention_layers",
+    "per_layer_config",
+)
 # What transformers takes where a configuration with `use_sliding_window` does not say it.
 _MAX_WINDOW_LAYERS = 28
 # Key that says every how many blocks attention has no window, and what transformers takes where it is missing.

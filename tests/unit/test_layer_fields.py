@@ -72,6 +72,11 @@ def test_attention_without_rotary_positions_stays_without(
         ({"sliding_window_pattern": "LG"}, "`sliding_window_pattern`"),
         ({"mlp_only_layers": [1]}, "`mlp_only_layers`"),
         ({"no_rope_layer_interval": 3}, "`no_rope_layer_interval`"),
+        ({"hybrid_override_pattern": "M*M-"}, "`hybrid_override_pattern`"),
+        ({"layers_block_type": ["mamba", "attention"] * 2}, "`layers_block_type`"),
+        ({"attn_layer_period": 2}, "`attn_layer_period`"),
+        ({"first_k_dense_replace": 1}, "`first_k_dense_replace`"),
+        ({"per_layer_config": {"01": {"intermediate_size": 8}}}, "`per_layer_config`"),
         ({"layer_types": [F]}, "has 1 entries for 4 blocks"),
     ],
 )
