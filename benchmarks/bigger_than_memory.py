@@ -3,8 +3,8 @@
     python benchmarks/bigger_than_memory.py --work FOLDER --output benchmarks/results/bigger_than_memory.jsonl
 
 Every verb is a process of its own in a control group with the limit, which counts the page cache too and takes it back
-where it must. The kernel is asked to forget the checkpoint before each, so that what a verb maps or reads of it counts as
-its own; where no group can be made (it takes root), the peak is measured all the same and `limited_by` says so.
+where it must. The kernel is asked to forget the checkpoint before each, so that what a verb reads of it counts as its
+own. Where no group can be made (it takes root), the peak is measured all the same and `limited_by` says so.
 FOLDER takes the checkpoint and what is left of it, and is emptied at the end.
 """
 

@@ -273,6 +273,8 @@ class ModelView:
         Args:
             address: `blocks.3.ffn.neurons`, `hidden` or `vocab`.
         """
+        if not self.quantised:
+            return ""
         owner, _, kind = address.rpartition(".")
         parts = self.sublayers if not owner else [s for s in self.sublayers if s.address == owner]
         refs = (*(() if owner else self.outer), *(ref for part in parts for ref in part.tensors))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from prunekit import pipeline
+from prunekit.cli.main import main
 from prunekit.core.errors import PlanError, StructureError
 from prunekit.core.recipe import parse_recipe
 from prunekit.export.targets import TARGETS
@@ -89,6 +90,12 @@ def test_a_packed_matrix_counts_as_the_matrix_it_is(quantised: Path, dense: Path
         assert found.flops_per_token == expected.flops_per_token
         assert found.kv_bytes_per_token == expected.kv_bytes_per_token
     assert cost(view).weight_bytes == sum(info.n_bytes for info in view.checkpoint.tensors.values())
+
+
+def test_inspect_names_the_method(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(write_quantised(dense, tmp_path / "quantised", "awq"))]) == 0
+    assert "quantised" in (printed := capsys.readouterr().out)
+    assert "awq" in printed
 
 
 def test_widths_of_packed_matrices_stay(quantised: Path) -> None:
