@@ -16,6 +16,19 @@ _CACHE_SCALE = re.compile(r"([qkv])_(?:scale|zero_point)")
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A tensor of a quantised matrix.
+
+    Args:
+        matrix: name that the matrix has in a checkpoint that is not quantised.
+        holds: whether it is the one that holds the weights: that of the matrix's own name, or the largest.
+    """
+
+    matrix: str
+    holds: bool
+
+
+@dataclass(frozen=True)
 class Packed:
     """What a tensor has to do with the quantised matrix it belongs to.
 
@@ -30,18 +43,17 @@ class Packed:
     axes: frozenset[str]
 
     @classmethod
-    def of(cls, matrix: str, layout: Layout, sizes: Mapping[str, int], holds: bool) -> Packed:
+    def of(cls, piece: Piece, layout: Layout, sizes: Mapping[str, int]) -> Packed:
         """A tensor of a matrix.
 
         Args:
-            matrix: its name.
+            piece: which.
             layout: of the matrix where it is not quantised.
             sizes: of the axes; what is not there counts nothing.
-            holds: whether the tensor is the one that holds the weights.
         """
         axes = frozenset(axis for dim in layout for axis in dim if axis != "+")
-        count = math.prod(_length(dim, sizes) for dim in layout) if holds else 0
-        return cls(matrix, count, axes)
+        count = math.prod(_length(dim, sizes) for dim in layout) if piece.holds else 0
+        return cls(piece.matrix, count, axes)
 
 
 def _length(dim: tuple[str, ...], sizes: Mapping[str, int]) -> int:
@@ -60,8 +72,8 @@ def quant_method(config: Mapping[str, Any]) -> str:
     return "" if section is None else str(section.get("quant_method", "quantised"))
 
 
-def packed_matrices(config: Mapping[str, Any], sizes: Mapping[str, int], arch: Architecture) -> dict[str, str]:
-    """The matrix by every tensor that belongs to a quantised one.
+def packed_pieces(config: Mapping[str, Any], sizes: Mapping[str, int], arch: Architecture) -> dict[str, Piece]:
+    """The tensors of quantised matrices, by name.
 
     A quantised matrix `q_proj.weight` is stored under other names of its module, `q_proj.qweight` with `q_proj.scales`,
     or under its own with others beside it, `q_proj.weight` with `q_proj.weight_scale_inv`. What the numbers mean is up
@@ -75,16 +87,13 @@ def packed_matrices(config: Mapping[str, Any], sizes: Mapping[str, int], arch: A
     if not quant_method(config):
         return {}
     found = {name: matrix for name in sizes if not _known(arch, name) and (matrix := _matrix(arch, name))}
-    return found | {matrix: matrix for matrix in found.values() if matrix in sizes}
-
-
-def holders(packed: Mapping[str, str], sizes: Mapping[str, int]) -> frozenset[str]:
-    """Of each quantised matrix the tensor that holds the weights: that of its own name, or the largest."""
-    best: dict[str, str] = {}
-    for name, matrix in packed.items():
-        if name == matrix or (best.get(matrix) != matrix and sizes[name] > sizes.get(best.get(matrix, ""), -1)):
-            best[matrix] = name
-    return frozenset(best.values())
+    found |= {matrix: matrix for matrix in found.values() if matrix in sizes}
+    holds: dict[str, str] = {}
+    for name, matrix in found.items():
+        best = holds.get(matrix, "")
+        if name == matrix or (best != matrix and sizes[name] > sizes.get(best, -1)):
+            holds[matrix] = name
+    return {name: Piece(matrix, holds[matrix] == name) for name, matrix in found.items()}
 
 
 def _matrix(arch: Architecture, name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import PlanError, StructureError
 from prunekit.structure.architecture import PREFIX, Architecture, HiddenRule, Layout, Norm, architecture, dim_size
-from prunekit.structure.packed import Packed, holders, literal, packed_matrices, quant_method
+from prunekit.structure.packed import Packed, Piece, literal, packed_pieces, quant_method
 from prunekit.structure.shape import SUBLAYER_KINDS, Shape, SublayerKind, text_config
 
 # Width kinds: the sub-layer they narrow, and the axis that is cut.
@@ -152,17 +152,16 @@ class ModelView:
         owned: dict[tuple[int, str], list[TensorRef]] = {}
         outer = []
         lengths = {name: info.n_bytes for name, info in checkpoint.tensors.items()}
-        packed = packed_matrices(checkpoint.config, lengths, arch)
-        holding = holders(packed, lengths)
+        pieces = packed_pieces(checkpoint.config, lengths, arch)
         for name in checkpoint.tensors:
             if arch.is_ignored(name):
                 continue
-            matrix = packed.get(name, "")
-            place = arch.split(matrix or name)
+            piece = pieces.get(name)
+            place = arch.split(piece.matrix if piece else name)
             if place is None:
-                outer.append(_outer(checkpoint, arch, shape, name, matrix, name in holding))
+                outer.append(_outer(checkpoint, arch, shape, name, piece))
             else:
-                kind, ref = _inner(checkpoint, arch, shape, name, *place, matrix, name in holding)
+                kind, ref = _inner(checkpoint, arch, shape, name, *place, piece)
                 owned.setdefault((place[0], kind), []).append(ref)
         blocks = tuple(
             Block(i, *(_sublayer(arch, shape, i, kind, owned.get((i, kind), [])) for kind in SUBLAYER_KINDS))
@@ -408,16 +407,16 @@ class ModelView:
         return next(ref for ref in sublayer.tensors if (place := self.arch.split(ref.matrix)) and place[1] == wanted)
 
 
-def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, matrix: str, holds: bool) -> TensorRef:
-    pattern, info = arch.find_outer(matrix or name), checkpoint.tensors[name]
+def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, piece: Piece | None) -> TensorRef:
+    pattern, info = arch.find_outer(piece.matrix if piece else name), checkpoint.tensors[name]
     if pattern is None:
         raise StructureError(
             f"tensor `{name}` is not part of `{arch.name}` as prunekit knows it",
             why="cutting around a tensor nobody understands could break the model",
             at=info.file,
         )
-    if matrix:
-        packed = Packed.of(matrix, pattern.layout or (), {"hidden": shape.hidden, "vocab": shape.vocabulary}, holds)
+    if piece:
+        packed = Packed.of(piece, pattern.layout or (), {"hidden": shape.hidden, "vocab": shape.vocabulary})
         return TensorRef(name, info.dtype, info.shape, literal(info.shape), packed=packed)
     layout = pattern.layout or tuple((f"d{i}",) for i in range(len(info.shape)))
     if layout and layout[-1] == ("...",):
@@ -435,7 +434,7 @@ def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, 
 
 
 def _inner(
-    checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, block: int, rest: str, matrix: str, holds: bool
+    checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, block: int, rest: str, piece: Piece | None
 ) -> tuple[SublayerKind, TensorRef]:
     info = checkpoint.tensors[name]
     general, expert = arch.expert_of(rest)
@@ -454,8 +453,8 @@ def _inner(
     if expert is not None and expert >= sizes["experts"]:
         why = f"the configuration gives block {block} {sizes['experts']} experts"
         raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
-    if matrix:
-        packed = Packed.of(matrix, layout, sizes, holds)
+    if piece:
+        packed = Packed.of(piece, layout, sizes)
         return kind, TensorRef(name, info.dtype, info.shape, literal(info.shape), expert, packed)
     expected = tuple(dim_size(dim, sizes) for dim in layout)
     if expected != info.shape:
