@@ -116,6 +116,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlavaForConditionalGeneration",
         {"text_config": {**_LLAMA, "model_type": "llama", "tie_word_embeddings": False}, **_SEEING},
     ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": {
+                **_LLAMA,
+                "tie_word_embeddings": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            },
+            "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2, "hidden_size": HIDDEN},
+            "image_token_id": 2,
+            "video_token_id": 1,
+        },
+    ),
     "qwen2_5_vl": (
         "Qwen2_5_VLConfig",
         "Qwen2_5_VLForConditionalGeneration",
@@ -213,7 +227,7 @@ WITHOUT_LOGITS = tuple(family for family, (_, name, _) in FAMILIES.items() if re
 # Several query heads to a key and value.
 GROUPED = tuple(family for family in DECODERS if family not in ("gpt2", "gpt_neox", "opt"))
 # A language model inside a model that sees.
-SEEING = ("llava", "qwen2_5_vl", "smolvlm")
+SEEING = ("llava", "qwen2_vl", "qwen2_5_vl", "smolvlm")
 # Experts in the FFN of most blocks.
 EXPERTS = ("mixtral", "qwen3_moe")
 # Attention and FFN of a block read the same stream.

@@ -111,6 +111,7 @@ def require_maskable(view: ModelView, plan: Plan | None) -> None:
         PlanError: naming the rule.
     """
     hint = "leave `masked` out"
+    view.require_plain("`masked`")
     if view.heterogeneous:
         raise PlanError("the model's blocks differ already", why="no stock class has its shapes", hint=hint)
     if plan is None:

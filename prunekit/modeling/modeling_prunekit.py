@@ -48,6 +48,7 @@ CLASSES = {
     "gpt_neox": "GPTNeoX Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "opt": "OPT Config Model ForCausalLM ForSequenceClassification",
     "llava": "Llava Config Model ForConditionalGeneration",
+    "qwen2_vl": "Qwen2VL Config Model ForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VL Config Model ForConditionalGeneration",
     "smolvlm": "SmolVLM Config Model ForConditionalGeneration",
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
@@ -437,6 +438,7 @@ _FAMILIES = {
     "Olmo2DecoderLayer": _OLMO2,
     "MixtralDecoderLayer": _LLAMA,
     "Qwen3MoeDecoderLayer": _LLAMA,
+    "Qwen2VLDecoderLayer": _LLAMA,
     "Qwen2_5_VLDecoderLayer": _LLAMA,
     "GPT2Block": _GPT2,
     "GPTNeoXLayer": _NEOX,

@@ -56,9 +56,11 @@ def check_training(view: ModelView, recipe: Recipe, asked: Training) -> None:
 
     Raises:
         UsageError: if the model or the device does not do.
+        PlanError: if its matrices are quantised.
     """
     kind, name = reads(view), f"`{asked.section}`"
     require_one_stack(view, name)
+    view.require_plain(name)
     if kind == "images":
         raise UsageError(f"{name} needs a model that reads text", why=f"`{recipe.model.source}` reads images")
     if kind == "text" and view.head is None:

@@ -63,6 +63,7 @@ def repair_inputs(recipe: Recipe, view: ModelView) -> dict[str, Tensor]:
     if recipe.repair is None:
         return {}
     require_one_stack(view, "`repair`")
+    view.require_plain("`repair`")
     REPAIRS.get(recipe.repair.method).require(view, [step.remove for step in recipe.steps])
     asked = recipe.repair.calibrate
     return model_batch(view, tokenizer_for(view, recipe), asked, asked.seed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from prunekit.structure.packed import SECTIONS
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
@@ -27,13 +29,26 @@ _TIES = {
     "num_nextn_predict_layers": "prediction heads after the last block read what it puts out",
 }
 # Keys that speak of single blocks in families that are known to read them.
-_RULES = ("sliding_window_pattern", "no_rope_layer_interval", "mlp_only_layers")
+_RULES = (
+    "sliding_window_pattern",
+    "no_rope_layer_interval",
+    "mlp_only_layers",
+    "hybrid_override_pattern",
+    "full_attention_interval",
+    "attn_layer_period",
+    "expert_layer_period",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "interleave_moe_layer_step",
+    "cross_attention_layers",
+    "per_layer_config",
+)
 # What transformers takes where a configuration with `use_sliding_window` does not say it.
 _MAX_WINDOW_LAYERS = 28
 # Key that says every how many blocks attention has no window, and what transformers takes where it is missing.
 _EVERY = {"modernbert": ("global_attn_every_n_layers", 3)}
-# Modules that a quantised checkpoint left as they were.
-_SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules")
+# Signs of a name that stands for several: an expression, or a text with stars.
+_PATTERN = re.compile(r"^\w*:|^[-+]:|[*?\[\](){}|+^$\\]")
 
 
 def ties(view: ModelView) -> str:
@@ -82,7 +97,7 @@ def follow(view: ModelView, sources: Sources) -> tuple[dict[str, Any], dict[str,
         dense = view.arch.dense_blocks(text, len(view.blocks))
         changed[view.arch.sparse["dense"]] = [new for new, pair in enumerate(sources) if pair[-1] in dense]
         changed[view.arch.sparse["step"]] = 1
-    return changed, _unquantised(view, sources)
+    return changed, _quantised(view, sources)
 
 
 def explicit_lists(view: ModelView) -> dict[str, list[Any]]:
@@ -158,27 +173,52 @@ def _unknown_list(view: ModelView) -> str:
 
 
 def _unmovable_module(view: ModelView, sources: Sources) -> str:
-    for name in (name for names in _unquantised_names(view).values() for name in names):
-        if name.startswith("re:") and re.search(r"\d", name):
-            return f"`{name}` of `quantization_config` may name blocks, and is a pattern"
-        place = _place(view, name)
-        if place and not place[1] and any(place[0] in pair and len(set(pair)) > 1 for pair in sources):
-            return f"`{name}` of `quantization_config` names a block of which only a part moves"
+    for section in SECTIONS:
+        for name, free in _names(view.config.get(section)):
+            place = _place(view, name)
+            if place is None and _PATTERN.search(name) and re.search(r"(?<![A-Za-z0-9])\d", name):
+                return f"`{name}` of `{section}` may name blocks, and is a pattern"
+            if place and not free:
+                return f"`{name}` of `{section}` names a block where no list does"
+            if place and not place[1] and any(place[0] in pair and len(set(pair)) > 1 for pair in sources):
+                return f"`{name}` of `{section}` names a block of which only a part moves"
     return ""
 
 
-def _unquantised(view: ModelView, sources: Sources) -> dict[str, Any]:
-    """Modules that were not quantised, under their new names."""
-    changed = {
-        key: [new for name in names for new in _renamed(view, name, sources)]
-        for key, names in _unquantised_names(view).items()
-    }
-    return {"quantization_config": view.config["quantization_config"] | changed} if changed else {}
+def _names(data: Any, free: bool = False) -> Iterator[tuple[str, bool]]:
+    """Texts and keys of a quantisation's section, and whether they are of a list or a mapping, which can lose some."""
+    if isinstance(data, str):
+        yield data, free
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield key, True
+            yield from _names(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from _names(value, True)
 
 
-def _unquantised_names(view: ModelView) -> dict[str, list[str]]:
-    section: Mapping[str, Any] = view.config.get("quantization_config") or {}
-    return {key: section[key] for key in _SKIPPED if isinstance(section.get(key), list)}
+def _quantised(view: ModelView, sources: Sources) -> dict[str, Any]:
+    """What the configuration says of modules that are quantised in some way, or not, under their new names.
+
+    Each method has keys of its own for that (`modules_to_not_convert`, `ignore`, `config_groups.*.targets`,
+    `extra_config`), so that every name is followed wherever it stands.
+    """
+    there = {key: view.config[key] for key in SECTIONS if isinstance(view.config.get(key), Mapping)}
+    moved = {key: _moved(view, section, sources) for key, section in there.items()}
+    return {key: section for key, section in moved.items() if section != there[key]}
+
+
+def _moved(view: ModelView, data: Any, sources: Sources) -> Any:
+    """The same data with modules under their new names, those of blocks that went left out."""
+    if isinstance(data, Mapping):
+        return {
+            new: _moved(view, value, sources) for key, value in data.items() for new in _renamed(view, key, sources)
+        }
+    if isinstance(data, list):
+        new_names = [_renamed(view, v, sources) if isinstance(v, str) else [_moved(view, v, sources)] for v in data]
+        return [value for values in new_names for value in values]
+    return data
 
 
 def _renamed(view: ModelView, name: str, sources: Sources) -> list[str]:
@@ -199,10 +239,10 @@ def _renamed(view: ModelView, name: str, sources: Sources) -> list[str]:
 
 
 def _place(view: ModelView, name: str) -> tuple[int, str] | None:
-    """Block of a module, counted through the stacks, and the rest of its name; None outside blocks."""
+    """Block of a module, counted through the stacks, and the rest of its name; None outside the blocks there are."""
     for part in view.arch.each:
         found = re.fullmatch(rf"{part.block}(\d+)(?:\.(.+))?", name)
-        if found:
-            first = next(block.index for block in view.blocks if block.stack == part.stack)
-            return first + int(found[1]), found[2] or ""
+        there = [block.index for block in view.blocks if block.stack == part.stack]
+        if found and int(found[1]) < len(there):
+            return there[int(found[1])], found[2] or ""
     return None

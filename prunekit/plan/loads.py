@@ -135,6 +135,7 @@ def _decilm_place(view: ModelView, plan: Plan, runtime: Runtime, change: str) ->
     if view.model_type not in DECILM_FAMILIES:
         return Place(runtime.title, False, why, change)
     try:
+        view.require_plain("DeciLM")
         block_configs(view, plan)
     except PlanError as error:
         return Place(runtime.title, False, f"{why}; nor as DeciLM: {error.what}", change)

@@ -114,7 +114,7 @@ def structure_table(shapes: Sequence[BlockShape]) -> Table:
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything `inspect` tells about a model."""
+    """Everything `inspect` tells about a model; `quantised` names the method, "" where weights are plain."""
 
     model_type: str
     architectures: tuple[str, ...]
@@ -122,6 +122,7 @@ class Structure:
     file_bytes: int
     total: Cost
     blocks: tuple[BlockShape, ...]
+    quantised: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the totals under `total`, one entry a block under `blocks`."""
@@ -132,9 +133,8 @@ def describe(view: ModelView) -> Structure:
     """Structure and cost of a model, from its files alone: no weight is read."""
     architectures = tuple(view.config.get("architectures") or ())
     total = cost(view)
-    return Structure(
-        view.model_type, architectures, view.tied, view.checkpoint.file_bytes, total, tuple(block_shapes(view))
-    )
+    blocks, file_bytes = tuple(block_shapes(view)), view.checkpoint.file_bytes
+    return Structure(view.model_type, architectures, view.tied, file_bytes, total, blocks, view.quantised)
 
 
 def structure_summary(name: str, structure: Structure) -> Table:
@@ -146,6 +146,8 @@ def structure_summary(name: str, structure: Structure) -> Table:
     table.add_row("model", name)
     table.add_row("class", ", ".join(structure.architectures) or structure.model_type)
     table.add_row("tied embeddings", "yes" if structure.tied else "no")
+    if structure.quantised:
+        table.add_row("quantised", structure.quantised)
     table.add_row("blocks", str(len(structure.blocks)))
     table.add_row("parameters", f"{total.params:,}")
     table.add_row("parameters in blocks", f"{total.block_params:,}")

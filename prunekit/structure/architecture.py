@@ -233,8 +233,8 @@ def sections(dim: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
 
 
 def dim_size(dim: tuple[str, ...], sizes: Mapping[str, int]) -> int:
-    """Length of a dimension; `kv rep hd + kv hd` with kv 2, rep 2 and hd 8 gives 48."""
-    return sum(math.prod(sizes[axis] for axis in part) for part in sections(dim))
+    """Length of a dimension; `kv rep hd + kv hd` with kv 2, rep 2 and hd 8 gives 48. A number stands for itself."""
+    return sum(math.prod(int(a) if a.isdecimal() else sizes[a] for a in part) for part in sections(dim))
 
 
 def architecture(model_type: str) -> Architecture:

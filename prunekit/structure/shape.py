@@ -55,6 +55,8 @@ class Shape:
         built = (section or {}).get("built_hidden_size", self.hidden)
         self.head_width = self._number("head_width", built // self.heads)
         self.ffn = self._number("ffn", self._number("ffn_multiple", 4) * self.hidden)
+        vocabulary = self.config.get("vocab_size")
+        self.vocabulary: int = vocabulary if isinstance(vocabulary, int) and _counts(vocabulary) else 0
         self.dense_ffn = self._number("dense_ffn", self.ffn)
         self.experts = self._number("experts") if "experts" in arch.keys else 0
         self.dense = arch.dense_blocks(self.config, self.blocks) if self.experts else frozenset(range(self.blocks))

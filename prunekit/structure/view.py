@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from prunekit.checkpoint.reader import Checkpoint
-from prunekit.core.errors import StructureError
+from prunekit.core.errors import PlanError, StructureError
 from prunekit.structure.architecture import (
     PREFIX,
     Architecture,
@@ -21,6 +21,7 @@ from prunekit.structure.architecture import (
     architecture,
     dim_size,
 )
+from prunekit.structure.packed import Packed, Piece, literal, packed_pieces, quant_method
 from prunekit.structure.shape import Shape, text_config
 
 Role = Literal["attention", "ffn"]
@@ -36,6 +37,7 @@ HIDDEN = "hidden"
 # Parts of heads that architecture files do not name one by one.
 _HEADS = re.compile(r".*(?:predictions|decoder|lm_head|vocab_projector)\.(?:weight|bias)")
 _PARTS = {"part": 3, "half": 2}
+PACKED_HINT = "remove blocks or sub-layers, or cut the model before it is quantised"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class TensorRef:
         layout: for each dimension the axes it factors into, outermost first: a query projection has
             `(("kv", "rep", "hd"), ("hidden",))`.
         expert: number of the expert that it belongs to, None for none.
+        packed: the quantised matrix that it belongs to, None for none; its dimensions are then plain lengths.
     """
 
     name: str
@@ -56,6 +59,12 @@ class TensorRef:
     shape: tuple[int, ...]
     layout: Layout
     expert: int | None = None
+    packed: Packed | None = None
+
+    @property
+    def matrix(self) -> str:
+        """Its name in a checkpoint that is not quantised."""
+        return self.name if self.packed is None else self.packed.matrix
 
 
 @dataclass(frozen=True)
@@ -180,16 +189,20 @@ class ModelView:
         model_type = str(checkpoint.config.get("model_type", ""))
         arch = architecture(model_type)
         shapes = [Shape(checkpoint.config, part) for part in arch.each]
-        held: list[list[str]] = [[] for _ in shapes]
+        held: list[dict[str, Piece | None]] = [{} for _ in shapes]
         outer = []
+        lengths = {name: info.n_bytes for name, info in checkpoint.tensors.items()}
+        pieces = packed_pieces(checkpoint.config, lengths, arch)
         for name in checkpoint.tensors:
             if arch.is_ignored(name):
                 continue
-            part = next((i for i, part in enumerate(arch.each) if part.split(name) is not None), None)
+            piece = pieces.get(name)
+            matrix = piece.matrix if piece else name
+            part = next((i for i, part in enumerate(arch.each) if part.split(matrix) is not None), None)
             if part is None:
-                outer.append(_outer(checkpoint, arch, shapes[0], name))
+                outer.append(_outer(checkpoint, arch, shapes[0], name, piece))
             else:
-                held[part].append(name)
+                held[part][name] = piece
         blocks: list[Block] = []
         for shape, names in zip(shapes, held, strict=True):
             blocks += _blocks(checkpoint, shape, names, len(blocks))
@@ -292,7 +305,45 @@ class ModelView:
         return ref.shape[:1] == (self.vocabulary,) and _HEADS.fullmatch(ref.name) is not None
 
     def _outer_like(self, pattern: str) -> TensorRef | None:
-        return next((ref for ref in self.outer if pattern and re.fullmatch(pattern, ref.name)), None)
+        held = (ref for ref in self.outer if ref.packed is None or ref.packed.weights)
+        return next((ref for ref in held if pattern and re.fullmatch(pattern, ref.matrix)), None)
+
+    @cached_property
+    def quantised(self) -> str:
+        """By which method matrices are quantised, such as `gptq`; "" where none is."""
+        parts = (ref for sublayer in self.sublayers for ref in sublayer.tensors)
+        found = any(ref.packed is not None for ref in (*self.outer, *parts))
+        return quant_method(self.config) if found else ""
+
+    def require_plain(self, what: str) -> None:
+        """Makes sure that weights are numbers that can be read and written.
+
+        Args:
+            what: wants it.
+        Raises:
+            PlanError: if matrices are quantised.
+        """
+        if self.quantised:
+            raise PlanError(
+                f"{what} does not go with a quantised checkpoint",
+                why=f"its matrices are packed ({self.quantised}), and nothing here reads or writes such values",
+                hint="use the model that is not quantised, and quantise the result",
+            )
+
+    def packed_along(self, address: str) -> str:
+        """Why a width cannot be cut, "" where no quantised matrix is in the way.
+
+        Args:
+            address: `blocks.3.ffn.neurons`, `hidden` or `vocab`.
+        """
+        if not self.quantised:
+            return ""
+        owner, _, kind = address.rpartition(".")
+        parts = self.sublayers if not owner else [s for s in self.sublayers if s.address == owner]
+        refs = (*(() if owner else self.outer), *(ref for part in parts for ref in part.tensors))
+        axis = WIDTHS[kind][1] if kind in WIDTHS else address
+        found = next((ref.matrix for ref in refs if ref.packed is not None and axis in ref.packed.axes), "")
+        return found and f"`{found}` is quantised ({self.quantised}), and packed values are not cut"
 
     @property
     def projection(self) -> TensorRef | None:
@@ -342,6 +393,9 @@ class ModelView:
         if kind in WIDTHS:
             if kind in self.arch.fixed:
                 raise StructureError(f"{kind} of `{self.model_type}` cannot be cut", why=self.arch.fixed[kind])
+            packed = next(filter(None, (self.packed_along(f"{s.address}.{kind}") for s in self.sublayers)), "")
+            if packed:
+                raise StructureError(f"{kind} cannot be cut here", why=packed, hint=PACKED_HINT)
             groups = tuple(self._width_groups(kind))
             if kind == "query_heads" and all(len(group.units) == 1 for group in groups):
                 raise StructureError(
@@ -372,7 +426,9 @@ class ModelView:
         Raises:
             StructureError: where that is not known for the model, or one of its tensors.
         """
-        rule = self.arch.hidden
+        rule, packed = self.arch.hidden, self.packed_along(HIDDEN)
+        if packed:
+            raise StructureError("hidden channels cannot be cut here", why=packed, hint=PACKED_HINT)
         if rule is None or self.model_type not in rule.model_types:
             raise StructureError(
                 f"hidden channels of `{self.model_type}` cannot be cut", why="its norms and tables are not described"
@@ -416,27 +472,27 @@ class ModelView:
             )
         stack = self.stack_of(sublayer.block)
         wanted = stack.output_projection(self._variant(sublayer))
-        return next(ref for ref in sublayer.tensors if (place := stack.split(ref.name)) and place[1] == wanted)
+        return next(ref for ref in sublayer.tensors if (place := stack.split(ref.matrix)) and place[1] == wanted)
 
 
 def _address(stack: str, number: int) -> str:
     return f"{stack}.blocks.{number}" if stack else f"blocks.{number}"
 
 
-def _blocks(checkpoint: Checkpoint, shape: Shape, names: Iterable[str], first: int) -> Iterator[Block]:
+def _blocks(checkpoint: Checkpoint, shape: Shape, names: Mapping[str, Piece | None], first: int) -> Iterator[Block]:
     """Blocks of a stack.
 
     Args:
         checkpoint: the files.
         shape: what the configuration says of the stack.
-        names: of all tensors in its blocks.
+        names: of all tensors in its blocks, with what quantised matrix each is a piece of.
         first: place of its first block in the model's `blocks`.
     """
     arch = shape.arch
     owned: dict[tuple[int, str], list[TensorRef]] = {}
-    for name in names:
-        number, rest = arch.split(name) or (0, "")
-        kind, ref = _inner(checkpoint, shape, name, number, rest)
+    for name, piece in names.items():
+        number, rest = arch.split(piece.matrix if piece else name) or (0, "")
+        kind, ref = _inner(checkpoint, shape, name, number, rest, piece)
         owned.setdefault((number, kind), []).append(ref)
     for number in range(shape.blocks):
         found: dict[str, Any] = {
@@ -445,14 +501,17 @@ def _blocks(checkpoint: Checkpoint, shape: Shape, names: Iterable[str], first: i
         yield Block(first + number, **found, stack=arch.stack, number=number if arch.stack else None)
 
 
-def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str) -> TensorRef:
-    pattern, info = arch.find_outer(name), checkpoint.tensors[name]
+def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, piece: Piece | None) -> TensorRef:
+    pattern, info = arch.find_outer(piece.matrix if piece else name), checkpoint.tensors[name]
     if pattern is None:
         raise StructureError(
             f"tensor `{name}` is not part of `{arch.name}` as prunekit knows it",
             why="cutting around a tensor nobody understands could break the model",
             at=info.file,
         )
+    if piece:
+        packed = Packed.of(piece, pattern.layout or (), {"hidden": shape.hidden, "vocab": shape.vocabulary})
+        return TensorRef(name, info.dtype, info.shape, literal(info.shape), packed=packed)
     layout = pattern.layout or tuple((f"d{i}",) for i in range(len(info.shape)))
     if layout and layout[-1] == ("...",):
         layout = (*layout[:-1], *((f"rest{i}",) for i in range(len(layout), len(info.shape) + 1)))
@@ -468,7 +527,9 @@ def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str) 
     return TensorRef(name, info.dtype, info.shape, layout)
 
 
-def _inner(checkpoint: Checkpoint, shape: Shape, name: str, block: int, rest: str) -> tuple[SublayerKind, TensorRef]:
+def _inner(
+    checkpoint: Checkpoint, shape: Shape, name: str, block: int, rest: str, piece: Piece | None
+) -> tuple[SublayerKind, TensorRef]:
     info, arch = checkpoint.tensors[name], shape.arch
     general, expert = arch.expert_of(rest)
     kind = next((kind for kind in arch.kinds if general in shape.tensors(block, kind)), None)
@@ -486,6 +547,9 @@ def _inner(checkpoint: Checkpoint, shape: Shape, name: str, block: int, rest: st
     if expert is not None and expert >= sizes["experts"]:
         why = f"the configuration gives block {block} {sizes['experts']} experts"
         raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
+    if piece:
+        packed = Packed.of(piece, layout, sizes)
+        return kind, TensorRef(name, info.dtype, info.shape, literal(info.shape), expert, packed)
     expected = tuple(dim_size(dim, sizes) for dim in layout)
     if expected != info.shape:
         raise _wrong_shape(name, info.shape, " x ".join(map(str, expected)))
@@ -501,7 +565,7 @@ def _sublayer(shape: Shape, block: int, kind: SublayerKind, tensors: list[Tensor
     arch = shape.arch
     if not shape.present(block, kind):
         return None
-    held = {place[1] for ref in tensors if (place := arch.split(ref.name))}
+    held = {place[1] for ref in tensors if (place := arch.split(ref.matrix))}
     wanted = [name for name, pattern in shape.tensors(block, kind).items() if not pattern.optional]
     experts = range(shape.widths(block, kind).get("experts", 1))
     missing = [one for name in wanted for i in experts if (one := name.format(expert=i)) not in held]
