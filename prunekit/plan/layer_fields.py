@@ -231,7 +231,8 @@ def _renamed(view: ModelView, name: str, sources: Sources) -> list[str]:
     tables = {
         kind: [*stack.sublayers[kind], *(stack.sublayers["dense_ffn"] if kind == "ffn" else ())] for kind in stack.kinds
     }
-    holds = (any(f"{tensor}.".startswith(f"{rest}.") for tensor in tables[kind]) for kind in stack.kinds)
+    general, _ = stack.expert_of(f"{rest}.")
+    holds = (any(f"{tensor}.".startswith(general) for tensor in tables[kind]) for kind in stack.kinds)
     column = next((i for i, found in enumerate(holds) if found), 0)
     mine = [pair for pair in sources if view.stack_of(pair[0]) is stack]
     moved = [new for new, pair in enumerate(mine) if pair[column] == block]

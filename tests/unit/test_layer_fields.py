@@ -160,6 +160,13 @@ def test_whole_blocks_that_are_not_quantised_are_renamed(opened: Open) -> None:
     assert cut(view, BLOCK_0)["quantization_config"]["ignore"] == ["model.layers.2"]
 
 
+def test_modules_of_experts_follow_the_ffn(opened: Open) -> None:
+    parts = ("block_sparse_moe.experts.1", "block_sparse_moe.experts.0.w1", "self_attn.q_proj")
+    names = [f"model.layers.{block}.{part}" for block in (1, 2) for part in parts]
+    section = cut(opened("mixtral", {"quantization_config": {"ignore": names}}), STAGGERED)["quantization_config"]
+    assert section["ignore"] == [f"model.layers.1.{parts[2]}", *(f"model.layers.1.{part}" for part in parts[:2])]
+
+
 def test_modules_of_blocks_that_are_not_there_stay(opened: Open) -> None:
     names = ["model.layers.3.mlp", "model.layers.4", "model.layers.61.mlp"]
     view = opened("llama", {"quantization_config": {"ignore": names}})
