@@ -3,7 +3,8 @@
     python benchmarks/bigger_than_memory.py --work FOLDER --output benchmarks/results/bigger_than_memory.jsonl
 
 Every verb is a process of its own in a control group with the limit, which counts the page cache too and takes it back
-where it must; where no group can be made (it takes root), the peak is measured all the same and `limited_by` says so.
+where it must. The kernel is asked to forget the checkpoint before each, so that what a verb reads of it counts as its
+own. Where no group can be made (it takes root), the peak is measured all the same and `limited_by` says so.
 FOLDER takes the checkpoint and what is left of it, and is emptied at the end.
 """
 
@@ -24,7 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from make_checkpoint import write_checkpoint
-from surgery_speed import LAUNCHER, cpu
+from surgery_speed import LAUNCHER, cpu, forget
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 GROUPS = ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max"))
 RUN = "from prunekit.cli.main import main; import sys; sys.exit(main(sys.argv[1:]))"
@@ -70,12 +73,31 @@ def size_gb(folder: Path) -> float:
     return round(sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9, 2)
 
 
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes, for what calibrates on text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_recipe(file: Path, source: Path, score: str, remove: float, more: dict[str, object]) -> Path:
+    steps = [{"remove": "blocks", "by": {"score": score}, "budget": {"remove": remove}}]
+    file.write_text(json.dumps({"schema": 1, "model": {"source": str(source)}, "steps": steps, **more}))
+    return file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--work", type=Path, default=Path("out/bigger"), help="folder for everything big")
     parser.add_argument("--gigabytes", type=float, default=20.5)
     parser.add_argument("--limit-gb", type=float, default=2.0)
     parser.add_argument("--remove", type=float, default=0.1, help="fraction of the blocks to drop")
+    parser.add_argument(
+        "--sequences", type=int, default=0, help="calibrate block_influence on so many x 128 tokens too; 0 for not"
+    )
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     given = parser.parse_args()
 
@@ -85,19 +107,25 @@ def main() -> None:
     if not source.exists():
         write_checkpoint(source, given.gigabytes)
     print(f"written in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    os.sync()
     group = Group(int(given.limit_gb * 1e9))
-    steps = [{"remove": "blocks", "by": {"score": "gardener"}, "budget": {"remove": given.remove}}]
-    (work / "recipe.json").write_text(json.dumps({"schema": 1, "model": {"source": str(source)}, "steps": steps}))
+    write_tokenizer(source)
+    read = {"calibrate": {"data": "wikitext2", "sequences": max(1, given.sequences), "length_tokens": 128}}
+    recipe = write_recipe(work / "recipe.json", source, "gardener", given.remove, {})
+    calibrated = write_recipe(work / "calibrated.json", source, "block_influence", given.remove, read)
     verbs: dict[str, tuple[object, ...]] = {
         "inspect": ("inspect", source),
-        "gardener": ("plan", "--recipe", work / "recipe.json", "--output", plan),
+        "gardener": ("plan", "--recipe", recipe, "--output", plan),
+        "block_influence": ("plan", "--recipe", calibrated, "--output", work / "calibrated-plan.json"),
         "apply": ("apply", plan, "--model", source, "--output", cut),
     }
+    if not given.sequences:
+        del verbs["block_influence"]
     rows = []
     for name, words in verbs.items():
+        forget(source)
         figures = run(group, *words, "--quiet")
-        rows.append({"what": name, "source_gb": size_gb(source), "limit_gb": given.limit_gb, **figures})
+        tokens = {"tokens": given.sequences * 128} if name == "block_influence" else {}
+        rows.append({"what": name, "source_gb": size_gb(source), "limit_gb": given.limit_gb, **tokens, **figures})
         print(json.dumps(rows[-1]), file=sys.stderr)
     rows[-1]["written_gb"] = size_gb(cut)
     facts = {

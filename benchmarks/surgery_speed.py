@@ -1,5 +1,7 @@
 """Dropping blocks of a large checkpoint: prunekit's surgery, `cp` of the bytes it writes, mergekit's passthrough.
 
+`prunekit inspect` of the same checkpoint is timed with them; it writes nothing, and mergekit has nothing like it.
+
     python benchmarks/surgery_speed.py --work FOLDER --mergekit ENVIRONMENT --output benchmarks/results/surgery.jsonl
 
 Every run is a process of its own. Before a cold run the kernel is asked to forget its input files and all dirty pages
@@ -53,6 +55,7 @@ source, target, *blocks = sys.argv[1:]
 drop = [f"blocks.{block}.{part}" for block in blocks for part in ("attention", "ffn")]
 write_json(Path(target), Plan.make(ModelView.open(Path(source)), drop=tuple(drop)).to_json())
 """
+INSPECT = "from prunekit.cli.main import main; import sys; sys.exit(main(['inspect', sys.argv[1]]))"
 # Starts a program with its output on stderr; prints seconds to its end, to the end of a sync and of CPU, and KiB.
 LAUNCHER = """
 import os, sys, time
@@ -211,6 +214,7 @@ def main() -> None:
             ours,
             [sys.executable, "-c", SURGERY, str(source), str(plan), str(ours), str(SHARD_BYTES)],
         ),
+        "inspect": (source, work / "nothing", [sys.executable, "-c", INSPECT, str(source)]),
         "cp": (ours, copy, ["cp", "-r", str(ours), str(copy)]),
     }
     if given.mergekit:
@@ -230,7 +234,7 @@ def main() -> None:
                 runs.setdefault((state, name), []).append(timed(command, log))
                 if name.startswith("mergekit"):
                     require_same(ours, theirs)
-    written = sum(path.stat().st_size for path in files(ours))
+    written = {name: sum(path.stat().st_size for path in files(writes)) for name, (_, writes, _) in tools.items()}
     facts = {
         "cpu": cpu(),
         "cores": os.cpu_count(),
@@ -249,7 +253,7 @@ def main() -> None:
                 "what": name,
                 "page_cache": state,
                 "read_gb": round(sum(p.stat().st_size for p in files(tools[name][0])) / 1e9, 3),
-                "written_gb": round(written / 1e9, 3),
+                "written_gb": round(written[name] / 1e9, 3),
                 "blocks": f"{blocks} -> {blocks - len(drop)}",
                 "rounds": len(done),
                 "seconds": round(statistics.median(run.seconds for run in done), 2),

@@ -116,6 +116,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlavaForConditionalGeneration",
         {"text_config": {**_LLAMA, "model_type": "llama", "tie_word_embeddings": False}, **_SEEING},
     ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": {
+                **_LLAMA,
+                "tie_word_embeddings": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            },
+            "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2, "hidden_size": HIDDEN},
+            "image_token_id": 2,
+            "video_token_id": 1,
+        },
+    ),
     "qwen2_5_vl": (
         "Qwen2_5_VLConfig",
         "Qwen2_5_VLForConditionalGeneration",
@@ -175,6 +189,33 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_ENCODER, **_IMAGES, "num_frames": 4, "num_labels": 5},
     ),
 }
+# Families with an encoder and a decoder, whose depths differ.
+_STACKS = {"vocab_size": VOCAB, "d_model": HIDDEN, "pad_token_id": 0, "eos_token_id": 2}
+_T5 = {**_STACKS, "d_kv": HEAD, "d_ff": FFN, "num_layers": BLOCKS, "num_decoder_layers": BLOCKS - 1, "num_heads": HEADS}
+_T5 |= {"decoder_start_token_id": 0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+TWO_STACKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "whisper": (
+        "WhisperConfig",
+        "WhisperForConditionalGeneration",
+        {
+            **_STACKS,
+            "num_mel_bins": 8,
+            "encoder_layers": BLOCKS - 1,
+            "decoder_layers": BLOCKS,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": FFN,
+            "decoder_ffn_dim": FFN - 8,
+            "max_source_positions": 10,
+            "max_target_positions": 32,
+            "bos_token_id": 1,
+            "decoder_start_token_id": 1,
+            "begin_suppress_tokens": None,
+        },
+    ),
+    "t5": ("T5Config", "T5ForConditionalGeneration", _T5),
+    "mt5": ("MT5Config", "MT5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
+}
 IMAGE_MODELS = ("vit", "deit", "dinov2", "clip_vision_model", "siglip_vision_model", "videomae")
 # FFN neurons where they are not FFN.
 NEURONS = {"dinov2": 2 * HIDDEN}
@@ -186,7 +227,7 @@ WITHOUT_LOGITS = tuple(family for family, (_, name, _) in FAMILIES.items() if re
 # Several query heads to a key and value.
 GROUPED = tuple(family for family in DECODERS if family not in ("gpt2", "gpt_neox", "opt"))
 # A language model inside a model that sees.
-SEEING = ("llava", "qwen2_5_vl", "smolvlm")
+SEEING = ("llava", "qwen2_vl", "qwen2_5_vl", "smolvlm")
 # Experts in the FFN of most blocks.
 EXPERTS = ("mixtral", "qwen3_moe")
 # Attention and FFN of a block read the same stream.
@@ -214,7 +255,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, *
     """Model of a family in eval mode; norms and biases are random too, so that a lost one shows."""
     import transformers
 
-    config_name, model_name, arguments = FAMILIES[family]
+    config_name, model_name, arguments = (FAMILIES | TWO_STACKS)[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config_name)(**{**arguments, **changes})
     with built_in(dtype):
@@ -235,8 +276,15 @@ def write_tiny(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
 
 
 def tiny_inputs(family: str, batch: int = 2, length: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Inputs of a family: token ids, or pixels as float64."""
+    """Inputs of a family: token ids, or pixels or sound as float64."""
     generator = torch.Generator().manual_seed(seed)
+    if family in TWO_STACKS:
+        written = torch.randint(3, VOCAB, (batch, length), generator=generator)
+        if family == "whisper":
+            heard = torch.randn(batch, 8, 20, generator=generator, dtype=torch.float64)
+            return {"input_features": heard, "decoder_input_ids": written}
+        read = torch.randint(3, VOCAB, (batch, length + 4), generator=generator)
+        return {"input_ids": read, "decoder_input_ids": written}
     if family in IMAGE_MODELS:
         frames = [4] if family == "videomae" else []
         return {"pixel_values": torch.randn(batch, *frames, 3, 16, 16, generator=generator, dtype=torch.float64)}

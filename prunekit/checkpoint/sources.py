@@ -14,6 +14,7 @@ from prunekit.checkpoint.dinov2_onnx import write_dinov2
 from prunekit.checkpoint.gguf import converted, is_gguf
 from prunekit.checkpoint.hub import downloaded
 from prunekit.checkpoint.packaged import PACKAGED, packaged_file, write_unpacked
+from prunekit.checkpoint.whisper_ct2 import write_whisper
 from prunekit.core.errors import CheckpointError, UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 
@@ -80,7 +81,7 @@ def _of_package(name: str, cache: Path, progress: Progress) -> Path:
     file = packaged_file(name)
     if file.suffix == ".gguf":
         return converted(file, cache, progress=progress)
-    write = write_dinov2 if file.suffix == ".onnx" else write_unpacked
+    write = {".onnx": write_dinov2, ".bin": write_whisper}.get(file.suffix, write_unpacked)
     return cached(cache / "packaged" / f"{name}-{PACKAGED[name].sha256[:16]}", lambda fresh: write(file, fresh))
 
 

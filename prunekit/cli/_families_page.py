@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prunekit.modeling.families import hetero_families
 from prunekit.structure.architecture import Architecture, architectures
+from prunekit.structure.view import HIDDEN, WIDTHS
 
 _TEXT = """\
 For those who wonder whether their model can be cut. A model's `model_type` in `config.json` decides; `prunekit inspect`
@@ -19,9 +22,14 @@ of its own. A dash: there are none. Every cell is tested: a cut model computes i
 with the removed parts masked (in float32 behind a router).
 
 Methods that run sub-layers one at a time (every search, and scores that need data) refuse models whose attention and
-FFN read the same stream.
+FFN read the same stream, and models with an encoder and a decoder. In those, cross-attention goes as attention does.
 
-ONNX export is tested with llama, qwen2, qwen3, gpt2, bert and vit only. Models that see are not exported.
+ONNX export is tested with llama, qwen2, qwen3, gpt2, bert and vit only. Models that see, and those with an encoder and
+a decoder, are not exported.
+"""
+_COUNT = """\
+Blocks, single sub-layers, KV groups, query heads, neurons, experts and hidden channels of {families} model types are
+{cuts} pairs of a model type and a cut.
 """
 _HEAD = "| model type | sub-layers | KV groups | query heads | neurons | experts |\n|---|---|---|---|---|---|"
 
@@ -44,7 +52,21 @@ def families_page(made: str) -> str:
         for model_type in sorted(known)
         if _note(known, model_type)
     ]
-    return "\n".join(["# Families\n", made, _TEXT, _HEAD, *rows, "", *notes, *fixed])
+    count = _COUNT.format(cuts=len(possible_cuts()), families=len(known))
+    return "\n".join(["# Families\n", made, _TEXT, count, _HEAD, *rows, "", *notes, *fixed])
+
+
+def possible_cuts() -> list[tuple[str, str]]:
+    """Every model type with every kind of cut that can be made of it."""
+    return [(name, kind) for name, arch in sorted(architectures().items()) for kind in _kinds(name, arch)]
+
+
+def _kinds(model_type: str, arch: Architecture) -> Iterator[str]:
+    yield from ("blocks", "sublayers")
+    there = {"query_heads": "kv_heads" in arch.keys, "experts": "experts" in arch.keys}
+    yield from (kind for kind in WIDTHS if kind not in arch.fixed and there.get(kind, True))
+    if arch.hidden is not None and model_type in arch.hidden.model_types:
+        yield HIDDEN
 
 
 _NOTES = {

@@ -27,7 +27,18 @@ from prunekit.core.recipe_runtime import Runtime
 from prunekit.core.recipe_select import Select
 from prunekit.core.registry import ATTENTIONS, GATES, HEALS, PATTERNS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
 
-Kind = Literal["blocks", "sublayers", "attention", "ffn", "query_heads", "kv_groups", "neurons", "experts", "hidden"]
+Kind = Literal[
+    "blocks",
+    "sublayers",
+    "attention",
+    "cross_attention",
+    "ffn",
+    "query_heads",
+    "kv_groups",
+    "neurons",
+    "experts",
+    "hidden",
+]
 WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts", "hidden")
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 # Where a result can be asked to load; `plan/loads.py` says what each takes.

@@ -11,12 +11,13 @@ from typing import Any, Literal
 from prunekit.core.errors import CheckpointError, UsageError
 from prunekit.core.progress import NULL_PROGRESS, Progress
 
-Kind = Literal["text", "sentences", "images"]
+Kind = Literal["text", "sentences", "images", "seq2seq"]
 # What tells people of a kind of model.
 KINDS: dict[Kind, str] = {
     "text": "a model that writes text",
     "sentences": "a text encoder",
     "images": "an image encoder",
+    "seq2seq": "a model with an encoder and a decoder",
 }
 GRAPH = "model.onnx"
 _WRITERS = ("ForCausalLM", "LMHeadModel")
@@ -128,6 +129,8 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
     names = config.get("architectures") or ()
     if any(str(name).endswith(_WRITERS) for name in names):
         return "text"
+    if config.get("is_encoder_decoder"):
+        return "seq2seq"
     return "images" if "image_size" in config else "sentences"
 
 

@@ -81,6 +81,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     if decoder:
         # Its name from transformers 5.24 on, and before.
         cache = output.cache if hasattr(output, "cache") else output.past_key_values
+        # What a decoder that reads an encoder keeps of its own tokens.
+        cache = getattr(cache, "self_attention_cache", cache)
         layers = getattr(cache, "layers", ())
         held = [layer.keys for layer in layers if getattr(layer, "keys", None) is not None]
         result["kv_heads"] = [int(keys.shape[1]) for keys in held if keys.numel()]
@@ -97,6 +99,8 @@ def _as(tensor: Any, dtype: Any) -> Any:
 
 def _continuations(model: Any, inputs: dict[str, Any], new_tokens: int) -> dict[str, Any]:
     """Greedy tokens of the padded batch with and without a cache, and of every row alone without padding."""
+    if "decoder_input_ids" in inputs:
+        return _written(model, inputs, new_tokens)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     length = ids.shape[1]
 
@@ -117,6 +121,31 @@ def _continuations(model: Any, inputs: dict[str, Any], new_tokens: int) -> dict[
         start = length - int(mask[row].sum())
         alone += tokens(ids[row : row + 1, start:], mask[row : row + 1, start:], True)
     return {"cached": tokens(ids, mask, True), "uncached": tokens(ids, mask, False), "alone": alone}
+
+
+def _written(model: Any, inputs: dict[str, Any], new_tokens: int) -> dict[str, Any]:
+    """The same of a model with an encoder and a decoder."""
+    import transformers
+
+    # Of a class that goes through sound in a loop of its own, the plain one.
+    generate = transformers.GenerationMixin.generate
+    if model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = 0
+
+    def tokens(inputs: dict[str, Any], use_cache: bool) -> list[list[int]]:
+        begin = inputs["decoder_input_ids"]
+        amount = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        made = generate(model, **inputs, **amount, do_sample=False, use_cache=use_cache, pad_token_id=0)
+        return [row.tolist() for row in made[:, begin.shape[1] :]]
+
+    alone: list[list[int]] = []
+    for row in range(len(inputs["decoder_input_ids"])):
+        own = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        if "attention_mask" in own:
+            length = int(own["attention_mask"].sum())
+            own |= {name: own[name][:, :length] for name in ("input_ids", "attention_mask")}
+        alone += tokens(own, True)
+    return {"cached": tokens(inputs, True), "uncached": tokens(inputs, False), "alone": alone}
 
 
 def _round_trip(tokenizer: Any, texts: list[str]) -> dict[str, Any]:

@@ -47,11 +47,16 @@ def is_decoder(model: PreTrainedModel) -> bool:
     return bool(model.can_generate())
 
 
+def has_encoder(model: PreTrainedModel) -> bool:
+    """Whether a model is a decoder that reads what an encoder of its own gives."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
 def sample_inputs(model: PreTrainedModel, batch: int, length: int, pad: int = 0, seed: int = 0) -> dict[str, Any]:
     """Seeded inputs of a model.
 
     Decoders are padded on the left, encoders on the right, where `pad` > 0: a mask of ones alone would let the
-    tracer drop it from the graph.
+    tracer drop it from the graph. A decoder that reads an encoder gets two tokens fewer than that.
 
     Args:
         batch: rows, at least 2 for a trace: a traced axis of length 1 stays 1.
@@ -61,7 +66,8 @@ def sample_inputs(model: PreTrainedModel, batch: int, length: int, pad: int = 0,
 
     Returns:
         `input_ids`, `attention_mask`, for some `token_type_ids`, int64 [batch, length]; or `pixel_values`, float
-        [batch, channels, height, width], of videos [batch, frames, channels, height, width].
+        [batch, channels, height, width], of videos [batch, frames, channels, height, width]; or `input_features`, float
+        [batch, bands, frames]. Where there is an encoder and a decoder, `decoder_input_ids` too.
     """
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
@@ -74,8 +80,15 @@ def sample_inputs(model: PreTrainedModel, batch: int, length: int, pad: int = 0,
     ids = torch.randint(min(3, words - 1), words, (batch, length), generator=generator)
     mask = torch.ones_like(ids)
     if pad:
-        mask[0, slice(0, pad) if is_decoder(model) else slice(length - pad, length)] = 0
+        left = is_decoder(model) and not has_encoder(model)
+        mask[0, slice(0, pad) if left else slice(length - pad, length)] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
+    if has_encoder(model):
+        written = {"decoder_input_ids": ids[:, : max(1, length - 2)].flip(0)}
+        if model.main_input_name != "input_features":
+            return {**inputs, **written}
+        shape = (batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        return {"input_features": torch.randn(shape, generator=generator).to(model.dtype), **written}
     takes = inspect.signature(model.forward).parameters
     if "token_type_ids" in takes and getattr(model.config, "type_vocab_size", None):
         inputs["token_type_ids"] = torch.zeros_like(ids)
@@ -96,6 +109,9 @@ def trace(model: PreTrainedModel, opset: int | None = None, plain_heads: bool = 
     """
     from transformers.exporters import OnnxConfig, OnnxExporter
 
+    if has_encoder(model):
+        why = "models with an encoder and a decoder are not exported"
+        raise ExportError(f"`{type(model).__name__}` cannot be written as ONNX", why=why)
     parts: dict[str, Any] = {}
     try:
         with _quiet(), torch.no_grad():

@@ -96,6 +96,7 @@ def decilm_entries(view: ModelView, plan: Plan | None) -> list[dict[str, Any]]:
         PlanError: naming the rule that the family or the plan breaks.
     """
     try:
+        view.require_plain("DeciLM")
         require_decilm(view)
         found: list[dict[str, Any]] = [] if plan is None else block_configs(view, plan)["block_configs"]
     except PlanError as error:

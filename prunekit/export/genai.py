@@ -50,9 +50,11 @@ def require_decoder(view: ModelView, plan: Plan | None = None) -> None:
     Raises:
         ExportError: naming what it lacks.
     """
-    if not view.arch.decoder or view.section:
+    if not view.arch.decoder or view.section or view.arch.stacks:
         why = "onnxruntime-genai writes text"
-        raise ExportError(f"`{view.model_type}` is no decoder of text", why=why, hint="use `onnx`")
+        raise ExportError(
+            f"`{view.model_type}` is no decoder of text", why=why, hint="" if view.arch.stacks else "use `onnx`"
+        )
     dropped = () if plan is None else plan.drop
     if all(sublayer.kind != "attention" or sublayer.address in dropped for sublayer in view.sublayers):
         raise ExportError("the model has no attention left", why="onnxruntime-genai counts tokens by the KV cache")

@@ -21,9 +21,8 @@ from prunekit.checkpoint.writer import OutTensor, Stored, disk_errors, write_wei
 from prunekit.core.errors import CheckpointError, ExportError, PlanError
 from prunekit.core.files import atomic_folder, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
-from prunekit.plan.layout import Layout, choose_layout
+from prunekit.plan.layout import Layout, choose_layout, placed
 from prunekit.plan.plan import VOCAB, Plan
-from prunekit.structure.shape import SUBLAYER_KINDS
 from prunekit.structure.view import HIDDEN, ModelView, TensorRef
 from prunekit.surgery.sidecar import model_files, write_model_files
 from prunekit.surgery.slices import Keep, cuts_of, spread
@@ -112,6 +111,7 @@ def require_maskable(view: ModelView, plan: Plan | None) -> None:
         PlanError: naming the rule.
     """
     hint = "leave `masked` out"
+    view.require_plain("`masked`")
     if view.heterogeneous:
         raise PlanError("the model's blocks differ already", why="no stock class has its shapes", hint=hint)
     if plan is None:
@@ -162,11 +162,7 @@ def open_cut(model_folder: Path, source: str | None = None, progress: Progress =
 
 def _tensors(cut: Cut, left: Checkpoint) -> Iterator[OutTensor]:
     """Every tensor of the dense model, in its order."""
-    place: dict[str, int] = {}
-    for new, pair in enumerate(cut.layout.pairs):
-        for kind, old in zip(SUBLAYER_KINDS, pair, strict=True):
-            if old is not None:
-                place[f"blocks.{old}.{kind}"] = new
+    place = {sublayer.address: number for number, sublayer in placed(cut.dense, cut.layout)}
     cuts = cuts_of(cut.plan)
     for ref in cut.dense.outer:
         yield _same(left, ref.name, ref)
@@ -177,7 +173,7 @@ def _tensors(cut: Cut, left: Checkpoint) -> Iterator[OutTensor]:
             if sublayer.address not in place:
                 yield OutTensor(ref.name, ref.dtype, ref.shape, partial(_zeros, ref))
                 continue
-            name = cut.dense.arch.renumbered(ref.name, place[sublayer.address])
+            name = cut.dense.stack_of(sublayer.block).renumbered(ref.name, place[sublayer.address])
             if any(axis in keep for dim in ref.layout for axis in dim):
                 content = partial(_spread, left, name, ref, sizes, keep)
                 yield OutTensor(ref.name, left.tensors[name].dtype, ref.shape, content)

@@ -11,7 +11,7 @@ import numpy as np
 
 from prunekit.core.errors import ExportError, UsageError
 from prunekit.export._external import external_files
-from prunekit.export._trace import is_decoder, load_for_graph, sample_inputs
+from prunekit.export._trace import has_encoder, is_decoder, load_for_graph, sample_inputs
 from prunekit.modeling.kv_cache import cache_argument
 
 if TYPE_CHECKING:
@@ -255,14 +255,14 @@ def compare_onnx(
 def prompt_inputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[str], max_tokens: int = 64
 ) -> dict[str, torch.Tensor]:
-    """Prompts as one padded batch: on the left for decoders, on the right for encoders.
+    """Prompts as one padded batch: on the left for decoders, on the right for encoders; random inputs for others.
 
     Returns:
         As `sample_inputs`.
     """
     import torch
 
-    if tokenizer is None or model.main_input_name == "pixel_values" or not prompts:
+    if tokenizer is None or model.main_input_name == "pixel_values" or has_encoder(model) or not prompts:
         return sample_inputs(model, batch=3, length=12, pad=5, seed=2)
     rows = [tokenizer(text)["input_ids"][:max_tokens] for text in prompts]
     length = max(len(row) for row in rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prunekit.core.errors import ExportError
 from prunekit.core.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ class Target:
 def _require_onnx(view: ModelView, plan: Plan | None) -> None:
     from prunekit.export.onnx import require_packages
 
+    if view.arch.stacks:
+        why = "models with an encoder and a decoder are not exported"
+        raise ExportError(f"`{view.model_type}` cannot be written as ONNX", why=why)
     require_packages()
 
 

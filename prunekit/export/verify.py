@@ -369,6 +369,8 @@ def _difference(
 
 def expected_kv_heads(config: Mapping[str, Any]) -> list[int] | None:
     """KV heads of each layer that must hold a cache, from a configuration; None where it does not say."""
+    if config.get("is_encoder_decoder"):
+        return _decoder_heads(config)
     blocks = config.get("num_hidden_layers", config.get("n_layer"))
     heads = config.get("num_attention_heads", config.get("n_head"))
     heads = config.get("num_key_value_heads") or heads
@@ -383,6 +385,18 @@ def expected_kv_heads(config: Mapping[str, Any]) -> list[int] | None:
     shared = "num_key_value_heads" in config
     name = "num_key_value_heads" if shared else "num_attention_heads"
     return [int(layer.get(name, heads)) for layer in kept if "attention" not in layer.get("skip", ())]
+
+
+def _decoder_heads(config: Mapping[str, Any]) -> list[int] | None:
+    """The same for the decoder of a model with an encoder too."""
+    blocks = config.get("decoder_layers") or config.get("num_decoder_layers") or config.get("num_layers")
+    heads = config.get("decoder_attention_heads") or config.get("num_heads")
+    if blocks is None or heads is None:
+        return None
+    layers = (config.get("prunekit") or {}).get("per_layer_config") or {}
+    own = {int(key.removeprefix("decoder.")): layer for key, layer in layers.items() if key.startswith("decoder.")}
+    kept = [own.get(i, {}) for i in range(blocks)]
+    return [int(layer.get("num_attention_heads", heads)) for layer in kept if "attention" not in layer.get("skip", ())]
 
 
 def _agreement_check(

@@ -17,14 +17,14 @@ PREFIX = "Prunekit"
 
 
 @cache
-def _table() -> dict[str, str]:
-    """`CLASSES` of `modeling_prunekit.py`, which has to stand alone and imports torch, and so is read and not run."""
+def _table(name: str = "CLASSES") -> dict[str, str]:
+    """A table of `modeling_prunekit.py`, which has to stand alone and imports torch, and so is read and not run."""
     file = Path(__file__).with_name(f"{MODULE}.py")
     for statement in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "CLASSES":
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             table: dict[str, str] = ast.literal_eval(statement.value)
             return table
-    raise LookupError(f"`{file.name}` has no table of classes")
+    raise LookupError(f"`{file.name}` has no table `{name}`")
 
 
 def hetero_families() -> tuple[str, ...]:
@@ -50,6 +50,8 @@ def hetero_classes(model_type: str) -> dict[str, str]:
 def auto_class(architectures: Sequence[str]) -> str:
     """Auto class of transformers for an architecture name; `LlamaForCausalLM` gives `AutoModelForCausalLM`."""
     name = architectures[0] if architectures else ""
+    if name.removeprefix(PREFIX) in _table("AUTO_CLASSES"):
+        return _table("AUTO_CLASSES")[name.removeprefix(PREFIX)]
     head = re.search(r"For[A-Z]\w*$", name)
     if head:
         return f"AutoModel{head.group().replace('ForConditionalGeneration', 'ForImageTextToText')}"

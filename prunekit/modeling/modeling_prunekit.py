@@ -8,6 +8,7 @@ which is why it imports nothing but torch and transformers and is longer than ot
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,15 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.pytorch_utils import Conv1D
 
 SCHEMA = 1
-# What the configuration calls the two kinds of sub-layer, and the widths that a block can have of its own.
-SKIPS = {"attention": "attention", "mlp": "ffn"}
-WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_local_experts")
+# What the configuration calls the kinds of sub-layer, and the widths that a block can have of its own.
+SKIPS = {"attention": "attention", "cross_attention": "cross_attention", "mlp": "ffn"}
+WIDTHS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "cross_attention_heads",
+    "intermediate_size",
+    "num_local_experts",
+)
 # Stock model type: how names of stock classes begin, and how those of configuration, base model and heads go on.
 # prunekit reads this table without running the file.
 CLASSES = {
@@ -41,6 +48,7 @@ CLASSES = {
     "gpt_neox": "GPTNeoX Config Model ForCausalLM ForSequenceClassification ForTokenClassification",
     "opt": "OPT Config Model ForCausalLM ForSequenceClassification",
     "llava": "Llava Config Model ForConditionalGeneration",
+    "qwen2_vl": "Qwen2VL Config Model ForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VL Config Model ForConditionalGeneration",
     "smolvlm": "SmolVLM Config Model ForConditionalGeneration",
     "bert": "Bert Config Model ForPreTraining ForMaskedLM ForQuestionAnswering ForSequenceClassification "
@@ -63,6 +71,15 @@ CLASSES = {
     "clip_text_model": "CLIPText Config Model",
     "siglip_vision_model": "SiglipVision Config Model",
     "siglip_text_model": "SiglipText Config Model",
+    "whisper": "Whisper Config Model ForConditionalGeneration",
+    "t5": "T5 Config Model ForConditionalGeneration",
+    "mt5": "MT5 Config Model ForConditionalGeneration",
+}
+# Stock classes whose Auto class does not follow from their name.
+AUTO_CLASSES = {
+    "WhisperForConditionalGeneration": "AutoModelForSpeechSeq2Seq",
+    "T5ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "MT5ForConditionalGeneration": "AutoModelForSeq2SeqLM",
 }
 # What Linear and Conv1D call their two sizes.
 _SIDES = {"out": ("out_features", "nf"), "in": ("in_features", "nx")}
@@ -96,6 +113,37 @@ class _SameOutput(nn.Module):
         return input_tensor
 
 
+class _SameT5Attention(nn.Module):
+    """T5's attention, residual and norm included, that returns what it got; blocks hand the position bias on.
+
+    The first one of a stack makes that bias, and goes on to.
+    """
+
+    @classmethod
+    def of(cls, attention: Any) -> _SameT5Attention:
+        """The one that takes the place of an attention."""
+        made, core = cls(), getattr(attention, "SelfAttention", None)
+        if core is not None and core.has_relative_attention_bias:
+            made.SelfAttention = copy.copy(core)
+            made.SelfAttention._modules = {"relative_attention_bias": core.relative_attention_bias}
+        return made
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        core: Any = getattr(self, "SelfAttention", None)
+        if core is not None and position_bias is None:
+            cache = kwargs.get("cache") or kwargs.get("past_key_values")
+            new, past = hidden_states.shape[1], cache.get_seq_length() if cache is not None else 0
+            length = past + new if attention_mask is None else attention_mask.shape[-1]
+            position_bias = core.compute_bias(new, length, device=hidden_states.device, past_seen_tokens=past)
+        return hidden_states, position_bias, None
+
+
 class _OwnNumbers:
     """A configuration of which some numbers are a module's own, for modules that read their sizes from it."""
 
@@ -119,6 +167,7 @@ class _SubLayer:
         counts: module that holds head counts as attributes.
         fixed: why no head can go, "" where some can.
         shared: module, and the argument of its forward that has an entry for each head and is the same for all blocks.
+        handed_on: whether that argument comes from the block before, and is made by the first one.
     """
 
     swaps: Mapping[str, type[nn.Module]]
@@ -126,6 +175,7 @@ class _SubLayer:
     counts: str
     fixed: str = ""
     shared: tuple[str, str] | None = None
+    handed_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +185,7 @@ class _Family:
     blocks: str
     attention: _SubLayer
     ffn: _SubLayer
+    cross_attention: _SubLayer | None = None
 
 
 _SELF_ATTN = {
@@ -331,6 +382,49 @@ _CLIP = _Family(
     ),
     _SubLayer({"layer_norm2": nn.Identity, "mlp": _NoFFN}, _VIT.ffn.linears, "mlp"),
 )
+_WHISPER_ENCODER = _Family("encoder.layers", _OPT.attention, _OPT.ffn)
+_WHISPER_DECODER = _Family(
+    "decoder.layers",
+    _OPT.attention,
+    _OPT.ffn,
+    _SubLayer(
+        {"encoder_attn_layer_norm": nn.Identity, "encoder_attn": _NoAttention},
+        {
+            "encoder_attn.q_proj": ("out", "heads"),
+            "encoder_attn.k_proj": ("out", "kv"),
+            "encoder_attn.v_proj": ("out", "kv"),
+            "encoder_attn.out_proj": ("in", "heads"),
+        },
+        "encoder_attn",
+    ),
+)
+
+
+def _t5_attention(place: str, core: str) -> _SubLayer:
+    linears = {f"{place}.{core}.{name}": ("out", "heads") for name in "qkv"}
+    return _SubLayer(
+        {place: _SameT5Attention},
+        {**linears, f"{place}.{core}.o": ("in", "heads")},
+        f"{place}.{core}",
+        shared=(f"{place}.{core}", "position_bias"),
+        handed_on=True,
+    )
+
+
+def _t5_ffn(place: str) -> _SubLayer:
+    # Plain ones have `wi`, gated ones the other two.
+    linears = {f"{place}.DenseReluDense.{name}": ("out", "ffn") for name in ("wi", "wi_0", "wi_1")}
+    return _SubLayer(
+        {place: nn.Identity},
+        {**linears, f"{place}.DenseReluDense.wo": ("in", "ffn")},
+        f"{place}.DenseReluDense",
+    )
+
+
+_T5_ENCODER = _Family("encoder.block", _t5_attention("layer.0", "SelfAttention"), _t5_ffn("layer.1"))
+_T5_DECODER = _Family(
+    "decoder.block", _T5_ENCODER.attention, _t5_ffn("layer.2"), _t5_attention("layer.1", "EncDecAttention")
+)
 # By the stock class of a block, so that a block alone tells its family.
 _FAMILIES = {
     "LlamaDecoderLayer": _LLAMA,
@@ -344,6 +438,7 @@ _FAMILIES = {
     "Olmo2DecoderLayer": _OLMO2,
     "MixtralDecoderLayer": _LLAMA,
     "Qwen3MoeDecoderLayer": _LLAMA,
+    "Qwen2VLDecoderLayer": _LLAMA,
     "Qwen2_5_VLDecoderLayer": _LLAMA,
     "GPT2Block": _GPT2,
     "GPTNeoXLayer": _NEOX,
@@ -361,31 +456,74 @@ _FAMILIES = {
     "VideoMAELayer": _VIDEOMAE,
     "CLIPEncoderLayer": _CLIP,
     "SiglipEncoderLayer": _CLIP,
+    "WhisperEncoderLayer": _WHISPER_ENCODER,
+    "WhisperDecoderLayer": _WHISPER_DECODER,
+    "T5Block": _T5_ENCODER,
+    "MT5Block": _T5_ENCODER,
 }
+# By a class that serves both stacks, the family of those in a decoder.
+_DECODERS = {"T5Block": _T5_DECODER, "MT5Block": _T5_DECODER}
 # By a class that only the older module of a block's class has.
 _OLDER = {"Dinov2SelfAttention": _OLDER_DINOV2}
 # Language models inside others come last.
-_PLACES = (*dict.fromkeys(family.blocks for family in _FAMILIES.values()), "language_model.layers", "text_model.layers")
+_PLACES = (
+    *dict.fromkeys(family.blocks for family in (*_FAMILIES.values(), *_DECODERS.values())),
+    "language_model.layers",
+    "text_model.layers",
+)
+_STACKS = ("encoder", "decoder")
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
-    """Blocks of a model, with or without a head, stock or heterogeneous.
+    """Blocks of a model with one stack of them, with or without a head, stock or heterogeneous.
+
+    Raises:
+        ValueError: if the model is of no family known here, or has several stacks.
+    """
+    stacks = stacks_of(model)
+    if "" not in stacks:
+        raise ValueError(f"`{type(model).__name__}` has several stacks of blocks: {', '.join(stacks)}")
+    return stacks[""]
+
+
+def stacks_of(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Blocks of a model by the name of their stack, which is "" in a model with one; as for `blocks_of`.
 
     Raises:
         ValueError: if the model is of no family known here.
     """
     base = getattr(model, "base_model", model)
-    for place in _PLACES:
-        blocks: Any = base
-        for name in place.split("."):
-            blocks = getattr(blocks, name, None)
-        if isinstance(blocks, nn.ModuleList) and all(type(block).__name__ in _FAMILIES for block in blocks):
-            return blocks
-    raise ValueError(f"the blocks of `{type(model).__name__}` are not known")
+    found = {place: blocks for place in _PLACES if (blocks := _known_blocks(base, place)) is not None}
+    stacks = {stack: blocks for place, blocks in found.items() for stack in _STACKS if place.startswith(f"{stack}.")}
+    if len(stacks) == len(_STACKS):
+        return {stack: stacks[stack] for stack in _STACKS}
+    if not found:
+        raise ValueError(f"the blocks of `{type(model).__name__}` are not known")
+    return {"": next(iter(found.values()))}
+
+
+def block_at(model: nn.Module, address: str) -> nn.Module:
+    """The block at an address such as `blocks.3` or `decoder.blocks.3`.
+
+    Raises:
+        ValueError: as `blocks_of`, or if there is no such block.
+    """
+    stack, _, rest = address.rpartition("blocks.")
+    blocks = stacks_of(model).get(stack.rstrip("."))
+    if blocks is None or not rest.isdecimal() or int(rest) >= len(blocks):
+        raise ValueError(f"`{type(model).__name__}` has no `{address}`")
+    return blocks[int(rest)]
+
+
+def _known_blocks(base: Any, place: str) -> nn.ModuleList | None:
+    for name in place.split("."):
+        base = getattr(base, name, None)
+    known = isinstance(base, nn.ModuleList) and all(type(block).__name__ in _FAMILIES for block in base)
+    return base if known else None
 
 
 def present(block: nn.Module, kind: str) -> bool:
-    """Whether a block has its `attention` or `ffn`."""
+    """Whether a block has its `attention`, `cross_attention` or `ffn`."""
     swaps = _sublayer(block, kind).swaps
     return any(type(block.get_submodule(name)).__name__ != other.__name__ for name, other in swaps.items())
 
@@ -424,7 +562,7 @@ def skip(block: nn.Module, kind: str) -> None:
 
     Args:
         block: a block of a model.
-        kind: `attention` or `ffn`.
+        kind: `attention`, `cross_attention` or `ffn`.
     """
     bypass(block, kind)
 
@@ -436,27 +574,36 @@ def bypass(block: nn.Module, kind: str) -> Callable[[], None]:
 
     Args:
         block: a block of a model.
-        kind: `attention` or `ffn`.
+        kind: `attention`, `cross_attention` or `ffn`.
     """
     swaps = _sublayer(block, kind).swaps
     before = {name: block.get_submodule(name) for name in swaps}
     for name, other in swaps.items():
-        setattr(block, name, other())
+        _put(block, name, other.of(before[name]) if other is _SameT5Attention else other())
 
     def undo() -> None:
         for name, module in before.items():
-            setattr(block, name, module)
+            _put(block, name, module)
 
     return undo
+
+
+def _put(block: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, module)
 
 
 def _sublayer(block: nn.Module, kind: str) -> _SubLayer:
     family = _FAMILIES.get(type(block).__name__)
     module = sys.modules[type(block).__module__]
     family = next((older for name, older in _OLDER.items() if hasattr(module, name)), family)
-    if family is None or kind not in ("attention", "ffn"):
+    if getattr(block, "is_decoder", False):
+        family = _DECODERS.get(type(block).__name__, family)
+    found = getattr(family, kind, None) if kind in SKIPS.values() else None
+    if found is None:
         raise ValueError(f"`{kind}` of a `{type(block).__name__}` is not known")
-    return family.attention if kind == "attention" else family.ffn
+    sublayer: _SubLayer = found
+    return sublayer
 
 
 def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None:
@@ -465,28 +612,42 @@ def _apply_plan(model: nn.Module, config: transformers.PreTrainedConfig) -> None
     layers = section.get("per_layer_config") or {}
     if layers and section.get("schema") != SCHEMA:
         raise ValueError(f"`prunekit` of the configuration has schema {section.get('schema')}, known is {SCHEMA}")
-    blocks, config = blocks_of(model), config.get_text_config()
-    numbers = ("kept_heads",) if _sublayer(blocks[0], "attention").shared else ()
+    stacks = stacks_of(model)
+    config = config if "decoder" in stacks else config.get_text_config()
     for key, layer in layers.items():
+        stack, _, number = key.rpartition(".")
+        blocks = stacks.get(stack, ())
+        numbers = ("kept_heads",) if blocks and _sublayer(blocks[0], "attention").shared else ()
         skipped, wrong = layer.get("skip", ()), set(layer) - {"skip", *WIDTHS, *numbers}
         wrong |= set(skipped) - set(SKIPS)
-        if wrong or not 0 <= int(key) < len(blocks):
+        if wrong or not 0 <= int(number) < len(blocks):
             raise ValueError(f"`prunekit.per_layer_config.{key}` is not understood: {sorted(wrong) or 'no such block'}")
-        block = blocks[int(key)]
-        _narrow_heads(block, layer, config)
+        block = blocks[int(number)]
+        _narrow_heads(block, layer, *_head_counts(config, stack))
+        if "cross_attention_heads" in layer:
+            _narrow_cross_attention(block, layer["cross_attention_heads"], _head_counts(config, stack)[0])
         if "num_local_experts" in layer or hasattr(getattr(block, "mlp", None), "experts"):
             _narrow_experts(block, layer)
         elif "intermediate_size" in layer:
             _narrow_ffn(block, layer["intermediate_size"])
         for name in skipped:
             skip(block, SKIPS[name])
-    _compact_cache(blocks, config)
+    for stack, blocks in stacks.items():
+        if stack != "encoder":
+            _compact_cache(blocks, config, "attention")
+    if "decoder" in stacks:
+        _compact_cache(stacks["decoder"], config, "cross_attention")
 
 
-def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transformers.PreTrainedConfig) -> None:
+def _head_counts(config: transformers.PreTrainedConfig, stack: str) -> tuple[int, int | None]:
+    """Query heads and KV groups of a stack's attention; None where each query head has a key and a value of its own."""
+    if stack:
+        return getattr(config, f"{stack}_attention_heads", config.num_attention_heads), None
+    return config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+
+
+def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], heads: int, grouped: int | None) -> None:
     """Gives a block's attention its heads; families without KV groups have as many KV heads as query heads."""
-    heads = config.num_attention_heads
-    grouped = getattr(config, "num_key_value_heads", None)
     kv = grouped or heads
     new_heads = layer.get("num_attention_heads", heads if grouped else layer.get("num_key_value_heads", heads))
     new_kv = layer.get("num_key_value_heads", kv if grouped else new_heads)
@@ -497,32 +658,95 @@ def _narrow_heads(block: nn.Module, layer: Mapping[str, Any], config: transforme
     attention = _sublayer(block, "attention")
     if attention.fixed:
         raise ValueError(f"no head of a `{type(block).__name__}` can go: {attention.fixed}")
+    _set_heads(block, attention, (new_heads, heads), (new_kv, kv), layer.get("kept_heads", ()))
+
+
+def _narrow_cross_attention(block: nn.Module, new: int, heads: int) -> None:
+    """Gives a block's cross-attention so many heads."""
+    if not 0 < new <= heads:
+        raise ValueError(f"a block cannot have {new} heads in its cross-attention, the model has {heads}")
+    if new < heads:
+        _set_heads(block, _sublayer(block, "cross_attention"), (new, heads), (new, heads), None)
+
+
+def _set_heads(
+    block: nn.Module,
+    attention: _SubLayer,
+    query: tuple[int, int],
+    key: tuple[int, int],
+    numbers: Sequence[int] | None,
+) -> None:
+    """Narrows an attention.
+
+    Args:
+        block: a block of a model.
+        attention: where it lies.
+        query: heads left and heads before.
+        key: KV heads left and before.
+        numbers: of the heads left, where blocks share something with an entry for each; None where that is of no
+            matter.
+    """
+    (new_heads, heads), (new_kv, kv) = query, key
     qkv = (new_heads + 2 * new_kv, heads + 2 * kv)
-    _narrow_linears(block, attention, {"heads": (new_heads, heads), "kv": (new_kv, kv), "qkv": qkv})
+    _narrow_linears(block, attention, {"heads": query, "kv": key, "qkv": qkv})
     core: Any = block.get_submodule(attention.counts)
     if "qkv" in (unit for _, unit in attention.linears.values()):
         core.config = _OwnNumbers(core.config, num_attention_heads=new_heads)
     counts = dict.fromkeys(("num_attention_heads", "num_heads", "n_heads"), new_heads) | {"num_key_value_heads": new_kv}
     counts["num_key_value_groups"] = new_heads // new_kv
-    for name in ("split_size", "all_head_size"):
+    for name in ("split_size", "all_head_size", "inner_dim"):
         counts[name] = getattr(core, name, 0) * new_heads // heads
     _set_counts(core, counts)
     if attention.shared:
         place, argument = attention.shared
-        own = _OwnHeads(argument, layer.get("kept_heads", ()), new_heads)
-        block.get_submodule(place).register_forward_pre_hook(own, with_kwargs=True)
+        if numbers is not None and len(numbers) != new_heads:
+            raise ValueError(f"`kept_heads` must name the {new_heads} heads that a block has left, it is {[*numbers]}")
+        own = _HandedOn(argument, numbers, core) if attention.handed_on else _OwnHeads(argument, numbers or ())
+        module = block.get_submodule(place)
+        module.register_forward_pre_hook(own, with_kwargs=True)
+        if isinstance(own, _HandedOn):
+            module.register_forward_hook(own.hand_on)
 
 
 class _OwnHeads:
     """Before a forward, leaves of an argument that blocks share [batch, heads, ...] the heads that a block has."""
 
-    def __init__(self, argument: str, numbers: Sequence[int], heads: int) -> None:
-        if len(numbers) != heads:
-            raise ValueError(f"`kept_heads` must name the {heads} heads that a block has left, it is {list(numbers)}")
+    def __init__(self, argument: str, numbers: Sequence[int]) -> None:
         self.argument, self.numbers = argument, list(numbers)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, self.argument: kwargs[self.argument][:, self.numbers]}
+
+
+class _HandedOn:
+    """Lets an attention with fewer heads use its part of a bias that blocks hand on, and hands on the whole.
+
+    Args:
+        argument: of its forward: the bias [1, heads, queries, keys], or None for the block that makes it.
+        numbers: heads that are left; None where the bias is zero, and an attention makes its own.
+        core: the attention.
+    """
+
+    def __init__(self, argument: str, numbers: Sequence[int] | None, core: Any) -> None:
+        self.argument, self.numbers = argument, None if numbers is None else list(numbers)
+        self.whole: Tensor | None = None
+        self.stock_bias = core.compute_bias
+        core.compute_bias = self.bias
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.whole = kwargs.get(self.argument)
+        own = None if self.whole is None or self.numbers is None else self.whole[:, self.numbers]
+        return args, {**kwargs, self.argument: own}
+
+    def bias(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The part of the bias that it makes."""
+        self.whole = whole = self.stock_bias(*args, **kwargs)
+        return whole[:, self.numbers]
+
+    def hand_on(self, module: nn.Module, args: Any, output: Any) -> tuple[Any, ...]:
+        """The attention's outputs with the whole bias."""
+        whole, self.whole = self.whole, None
+        return (output[0], whole, *output[2:])
 
 
 def _narrow_ffn(block: nn.Module, new: int) -> None:
@@ -559,7 +783,10 @@ def _narrow_experts(block: nn.Module, layer: Mapping[str, Any]) -> None:
 
 def _narrow_linears(block: nn.Module, sublayer: _SubLayer, counts: Mapping[str, tuple[int, int]]) -> None:
     """Shortens weights in place, so that dtype, device and bias stay; `counts` are units left and units before."""
+    there = {name for name, _ in block.named_modules()}
     for path, (side, unit) in sublayer.linears.items():
+        if path not in there:
+            continue
         layer, (new, old) = block.get_submodule(path), counts[unit]
         dim = _dim(layer, side)
         size = layer.weight.shape[dim] * new // old
@@ -640,14 +867,14 @@ def _set_counts(module: nn.Module, counts: Mapping[str, int]) -> None:
             setattr(module, name, count)
 
 
-def _compact_cache(blocks: nn.ModuleList, config: transformers.PreTrainedConfig) -> None:
-    """Lets the attention that is left fill the KV cache from its first layer on.
+def _compact_cache(blocks: nn.ModuleList, config: transformers.PreTrainedConfig, kind: str) -> None:
+    """Lets the attention of a kind that is left fill the KV cache from its first layer on.
 
     transformers asks the first layer of a cache (and the first one of each layer type) how many tokens it holds; one
     that belongs to a removed attention holds none, and positions and masks would be those of an empty cache. Where no
     attention is left at all nothing counts tokens: `generate` passes positions on, other callers of GPT-2 have to.
     """
-    kept = [present(block, "attention") for block in blocks]
+    kept = [present(block, kind) for block in blocks]
     if all(kept) or not any(kept) or not hasattr(config, "use_cache"):
         return
     listed = getattr(config, "layer_types", None)
@@ -656,7 +883,7 @@ def _compact_cache(blocks: nn.ModuleList, config: transformers.PreTrainedConfig)
         config.layer_types = types
     for block, slot in zip(blocks, slots, strict=True):
         if slot is not None:
-            core = block.get_submodule(_sublayer(block, "attention").counts)
+            core = block.get_submodule(_sublayer(block, kind).counts)
             if hasattr(core, "layer_idx"):
                 core.layer_idx = slot
 
@@ -706,11 +933,28 @@ class _Pruned:
     # transformers looks for these in the text of the file that a class is from, which here is not the stock one.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return bool(cls.__bases__[1]._can_set_attn_implementation())  # type: ignore[attr-defined]
+        return bool(cls.__bases__[-1]._can_set_attn_implementation())  # type: ignore[attr-defined]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return bool(cls.__bases__[1]._can_set_experts_implementation())  # type: ignore[attr-defined]
+        return bool(cls.__bases__[-1]._can_set_experts_implementation())  # type: ignore[attr-defined]
+
+
+class _PromptAsGiven:
+    """Comes before Whisper: transformers knows by the model type that its prompts begin as they should."""
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if model_kwargs.get("decoder_input_ids") is not None:
+            return model_kwargs.pop("decoder_input_ids"), model_kwargs
+        prepare: Any = super()._prepare_decoder_input_ids_for_generation  # type: ignore[misc]
+        made: tuple[Tensor, dict[str, Any]] = prepare(batch_size, model_input_name, model_kwargs, *args, **kwargs)
+        return made
+
+
+# By stock model type: what comes before its classes besides.
+_BEFORE: dict[str, tuple[type, ...]] = {"whisper": (_PromptAsGiven,)}
 
 
 def __getattr__(name: str) -> Any:
@@ -738,7 +982,7 @@ def _make_classes(model_type: str) -> None:
     config = _make(config_name, (stock_config,), {"model_type": f"prunekit_{model_type}", "_auto_class": "AutoConfig"})
     for name in names:
         stock, auto = getattr(transformers, name.removeprefix("Prunekit")), auto_class(name)
-        cls = _make(name, (_Pruned, stock), {"config_class": config, "_auto_class": auto})
+        cls = _make(name, (*_BEFORE.get(model_type, ()), _Pruned, stock), {"config_class": config, "_auto_class": auto})
         getattr(transformers, auto).register(config, cls, exist_ok=True)
         _rename(stock.__name__, name)
     _rename(model_type, config.model_type)
@@ -759,6 +1003,8 @@ def _make(name: str, bases: tuple[type, ...], members: Mapping[str, Any]) -> Any
 
 def auto_class(name: str) -> str:
     """Auto class of transformers that a model class belongs to; `LlamaForCausalLM` gives `AutoModelForCausalLM`."""
+    if name.removeprefix("Prunekit") in AUTO_CLASSES:
+        return AUTO_CLASSES[name.removeprefix("Prunekit")]
     head = re.search(r"For[A-Z]\w*$", name)
     if head:
         return f"AutoModel{head.group().replace('ForConditionalGeneration', 'ForImageTextToText')}"

@@ -333,15 +333,15 @@ def _masked_reference(made: Made, dense: Any, folder: Path) -> Reference | None:
     """
     from prunekit.export.verify import make_reference
     from prunekit.modeling.load import load_tokenizer, to_float64
-    from prunekit.modeling.modeling_prunekit import blocks_of, skip
+    from prunekit.modeling.modeling_prunekit import block_at, skip
 
     if made.plan.keep or made.learned or made.before.params > REFERENCE_PARAMS:
         return None
     dense = to_float64(dense)
     put_into(dense, made.view, made.repaired)
     for address in made.plan.drop:
-        _, number, kind = address.split(".")
-        skip(blocks_of(dense)[int(number)], kind)
+        block, _, kind = address.rpartition(".")
+        skip(block_at(dense, block), kind)
     name = "the dense model without what was removed" + ", repaired" * bool(made.repaired)
     return make_reference(dense, load_tokenizer(folder), name)
 

@@ -17,7 +17,15 @@ from prunekit.core.ranks import ALONE, Ranks, joined, place, require_one_process
 from prunekit.core.recipe_model import REGISTRIES, Recipe, Step
 from prunekit.core.types import Order, OrderStep, Scores
 from prunekit.pipeline.costs import costs_of
-from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, offloaded, selected_batch, tokenizer_for
+from prunekit.pipeline.inputs import (
+    check_methods,
+    device_of,
+    dtype_of,
+    model_batch,
+    offloaded,
+    selected_batch,
+    tokenizer_for,
+)
 from prunekit.pipeline.learning import check_learning, learned_after
 from prunekit.pipeline.pattern import check_pattern
 from prunekit.pipeline.trim import with_vocabulary
@@ -101,6 +109,7 @@ def make_plan(
     view = ModelView.open(source.folder)
     for step in recipe.steps:
         view.groups(step.remove)
+    check_methods(view, recipe)
     rehearse(recipe, view)
     if recipe.learn is not None:
         require_one_process("learn")

@@ -10,7 +10,7 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.recipe import parse_recipe
 from prunekit.core.types import Panel
 from prunekit.pipeline.choose import Bench, Talk, silent
-from prunekit.pipeline.inputs import reads
+from prunekit.pipeline.inputs import reads, require_one_stack
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import ModelView
 
@@ -41,6 +41,7 @@ def diagnose(
     recipe = parse_recipe({"schema": 1, "model": model, "calibrate": calibrate, "steps": [step]}, [])
     source = resolve(recipe.model.source, recipe.model.revision, progress=progress)
     view = ModelView.open(source.folder)
+    require_one_stack(view, "diagnostics", "")
     if reads(view) == "images" and "data" not in calibrate:
         noise = recipe.calibrate.model_copy(update={"data": "noise"})
         recipe = recipe.model_copy(update={"calibrate": noise})

@@ -15,7 +15,7 @@ from prunekit.heal.run import Healed, check, heal
 from prunekit.heal.scene import Scene, matches
 from prunekit.modeling.load import load_model, load_tokenizer, to_float64
 from prunekit.pipeline.choose import Talk, silent
-from prunekit.pipeline.inputs import chooser, device_of, reads, tokenizer_for
+from prunekit.pipeline.inputs import chooser, device_of, reads, require_one_stack, tokenizer_for
 from prunekit.pipeline.measure import subject_of
 
 if TYPE_CHECKING:
@@ -56,8 +56,11 @@ def check_training(view: ModelView, recipe: Recipe, asked: Training) -> None:
 
     Raises:
         UsageError: if the model or the device does not do.
+        PlanError: if its matrices are quantised.
     """
     kind, name = reads(view), f"`{asked.section}`"
+    require_one_stack(view, name)
+    view.require_plain(name)
     if kind == "images":
         raise UsageError(f"{name} needs a model that reads text", why=f"`{recipe.model.source}` reads images")
     if kind == "text" and view.head is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prunekit.core.errors import UsageError
-from prunekit.core.recipe_model import DEVICES
+from prunekit.core.recipe_model import DEVICES, REGISTRIES
 from prunekit.modeling.load import load_tokenizer
 from prunekit.structure.view import HIDDEN
 
@@ -20,14 +20,46 @@ if TYPE_CHECKING:
     from prunekit.core.recipe_select import Select
     from prunekit.structure.view import ModelView
 
-Reads = Literal["text", "sentences", "images"]
+Reads = Literal["text", "sentences", "images", "seq2seq"]
 
 
 def reads(view: ModelView) -> Reads:
-    """What a model takes: running text (decoders), sentences (text encoders) or images."""
+    """What a model takes: running text (decoders), sentences (text encoders), images, or `seq2seq` with two stacks."""
+    if view.arch.stacks:
+        return "seq2seq"
     if view.arch.decoder:
         return "text"
     return "images" if "image_size" in view.config else "sentences"
+
+
+def require_one_stack(view: ModelView, what: str, hint: str = "leave it out") -> None:
+    """Fails where a model with an encoder and a decoder would be run on data.
+
+    Args:
+        view: the model.
+        what: runs it, as the error says.
+        hint: what to do instead.
+    Raises:
+        UsageError: if it has several stacks.
+    """
+    if view.arch.stacks:
+        why = "it has an encoder and a decoder, and data is made for models with one stack of blocks"
+        raise UsageError(f"{what} cannot run `{view.model_type}`", why=why, hint=hint)
+
+
+def check_methods(view: ModelView, recipe: Recipe) -> None:
+    """Fails where a step's method cannot choose from a model.
+
+    Raises:
+        UsageError: for a method or a budget that runs a model with an encoder and a decoder.
+    """
+    for step in recipe.steps:
+        method = REGISTRIES[step.by.role].get(step.by.name)
+        if step.by.role == "search" or method.needs:
+            hint = "use a score that needs no data: gardener, magnitude, random or last_k"
+            require_one_stack(view, f"`{step.by.name}`", hint)
+        if step.budget.latency_ms is not None or step.budget.of == "latency_ms":
+            require_one_stack(view, "a latency budget", "use `of: params` or `of: flops`")
 
 
 def model_batch(view: ModelView, tokenizer: Any, data: Calibrate | Embedding, seed: int = 0) -> dict[str, Tensor]:
@@ -117,6 +149,9 @@ def check_evaluation(view: ModelView, recipe: Recipe) -> None:
         UsageError: for perplexity or a sample of an encoder, or sentence embeddings of a decoder.
     """
     kind, asked = reads(view), recipe.evaluate
+    for name in type(asked).model_fields:
+        if getattr(asked, name) is not None:
+            require_one_stack(view, f"`evaluate.{name}`")
     _check_width(recipe, kind)
     writes = kind == "text" and view.head is not None
     for name, part in (("perplexity", asked.perplexity), ("kl", asked.kl), ("sample", asked.sample)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.checkpoint.reader import torch_dtypes
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.core.registry import REPAIRS
-from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, tokenizer_for
+from prunekit.pipeline.inputs import device_of, dtype_of, model_batch, require_one_stack, tokenizer_for
 from prunekit.surgery.slices import cuts_of, take
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def repair_inputs(recipe: Recipe, view: ModelView) -> dict[str, Tensor]:
     """
     if recipe.repair is None:
         return {}
+    require_one_stack(view, "`repair`")
+    view.require_plain("`repair`")
     kinds = [*(step.remove for step in recipe.steps), *(recipe.learn.remove if recipe.learn else ())]
     REPAIRS.get(recipe.repair.method).require(view, kinds)
     asked = recipe.repair.calibrate

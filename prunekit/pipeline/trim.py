@@ -55,6 +55,9 @@ def require_vocabulary(view: ModelView) -> None:
     Raises:
         PlanError: if so.
     """
+    if view.arch.stacks:
+        why = "which tokens its encoder and its decoder need is not known"
+        raise PlanError(f"the vocabulary of `{view.model_type}` cannot be trimmed", why=why, hint="leave `vocab` out")
     if not view.vocabulary:
         raise PlanError(f"`{view.model_type}` has no vocabulary to trim", hint="leave `vocab` out")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from prunekit.core.errors import StructureError
 from prunekit.scores._weights import CheckpointWeights, Weights
 from prunekit.surgery.slices import cuts_of, hidden_of, take
 
@@ -20,7 +22,11 @@ def reading(view: ModelView, plan: Plan) -> Weights:
     Args:
         view: the model before the cut.
         plan: cuts that are not carried out yet.
+    Returns:
+        What fails when it is asked for a weight of a quantised model.
     """
+    if view.quantised:
+        return partial(_refuse, view)
     plain = CheckpointWeights(view.checkpoint)
     cuts, hidden = cuts_of(plan), hidden_of(plan)
     if not cuts and not hidden:
@@ -40,3 +46,9 @@ def reading(view: ModelView, plan: Plan) -> Weights:
         return take(tensor, ref.layout, sizes, keep)
 
     return read
+
+
+def _refuse(view: ModelView, name: str) -> Tensor:
+    why = f"`{name}` is packed ({view.quantised})"
+    hint = "make the plan with the model that is not quantised: `prunekit apply` carries it out on this one"
+    raise StructureError("weights of a quantised checkpoint cannot be scored", why=why, hint=hint)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prunekit.plan.cost import kept_experts, kept_hidden, kept_widths
 from prunekit.structure.architecture import dim_size
-from prunekit.structure.view import HIDDEN, Block, ModelView, SubLayer
+from prunekit.structure.view import HIDDEN, ModelView, SubLayer
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
@@ -18,7 +18,15 @@ def after(view: ModelView, plan: Plan) -> ModelView:
 
     Its `checkpoint` is still the one before the cut, so weights read through it have their old shapes.
     """
-    blocks = tuple(Block(b.index, _left(view, b.attention, plan), _left(view, b.ffn, plan)) for b in view.blocks)
+    blocks = tuple(
+        replace(
+            block,
+            attention=_left(view, block.attention, plan),
+            cross_attention=_left(view, block.cross_attention, plan),
+            ffn=_left(view, block.ffn, plan),
+        )
+        for block in view.blocks
+    )
     narrow = kept_hidden(view, plan)
     outer = tuple(
         replace(ref, shape=tuple(narrow if d == (HIDDEN,) else n for d, n in zip(ref.layout, ref.shape, strict=True)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prunekit.core.errors import PlanError
 from prunekit.core.rounding import n_remove
 from prunekit.plan.cost import unit_cost
+from prunekit.structure.architecture import SUBLAYER_KINDS
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Budget
@@ -131,5 +132,5 @@ def _matches(pattern: str, unit: str) -> bool:
     parts = unit.split(".")
     if any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(2, len(parts) + 1)):
         return True
-    inside = (f"{unit}.attention", f"{unit}.ffn") if len(parts) == 2 else ()
+    inside = tuple(f"{unit}.{kind}" for kind in SUBLAYER_KINDS) if parts[-2:-1] == ["blocks"] else ()
     return any(fnmatchcase(address, pattern) for address in inside)

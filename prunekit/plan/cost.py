@@ -25,12 +25,13 @@ class Cost:
     """What a model costs.
 
     Args:
-        params: stored weights; a tied head counts once.
+        params: stored weights; a tied head counts once, and a quantised matrix as the matrix that it is.
         block_params: those inside blocks.
         flops_per_token: two for each weight of a matrix that a token passes: blocks, with those experts only that one
             token goes to, head, patch projection. What attention spends on its context is left out, since it depends
             on its length.
-        kv_bytes_per_token: keys and values that a decoder keeps for each token, in the type of the weights.
+        kv_bytes_per_token: keys and values that a decoder keeps for each token, in the type of weights not quantised;
+            those that its cross-attention keeps for each position of the encoder are left out.
         weight_bytes: bytes of all weights.
     """
 
@@ -52,9 +53,10 @@ def cost(view: ModelView, plan: Plan | None = None) -> Cost:
     outer = [(ref, _outer_count(view, ref, plan)) for ref in view.outer]
     outer_matrices = [ref for ref in (view.head, view.projection) if ref is not None]
     return Cost(
-        params=sum(count for _, count in (*parts, *outer)),
-        block_params=sum(count for _, count in parts),
-        flops_per_token=_flops(view, parts) + sum(2 * _outer_count(view, ref, plan) for ref in outer_matrices),
+        params=sum(_weights(ref, count) for ref, count in (*parts, *outer)),
+        block_params=sum(_weights(ref, count) for ref, count in parts),
+        flops_per_token=_flops(view, parts)
+        + sum(2 * _weights(ref, _outer_count(view, ref, plan)) for ref in outer_matrices),
         kv_bytes_per_token=sum(_kv_bytes(view, sublayer, widths) for sublayer, widths in left),
         weight_bytes=sum(count * ITEM_BYTES[ref.dtype] for ref, count in (*parts, *outer)),
     )
@@ -98,7 +100,7 @@ def sublayer_cost(view: ModelView, sublayer: SubLayer, of: str, changed: Mapping
     """What a sub-layer costs when some of its axes have other sizes; `of` as for `unit_cost`."""
     widths = {**sublayer.widths, **(changed or {})}
     if of == "params":
-        return sum(count for _, count in _counts(view, sublayer, widths))
+        return sum(_weights(ref, count) for ref, count in _counts(view, sublayer, widths))
     if of == "flops":
         return _flops(view, _counts(view, sublayer, widths))
     if of == "kv_bytes":
@@ -139,7 +141,7 @@ def kept_experts(sublayer: SubLayer, plan: Plan) -> dict[int, int]:
 
 
 def _counts(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> list[tuple[TensorRef, int]]:
-    """Every tensor of a sub-layer with the number of its weights at these widths."""
+    """Every tensor of a sub-layer with how many values it holds at these widths."""
     sizes = {**view.sizes(sublayer), **widths}
     # Experts are alike, so that it does not matter which of them stay.
     return [
@@ -149,14 +151,21 @@ def _counts(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> l
     ]
 
 
+def _weights(ref: TensorRef, count: int) -> int:
+    """Weights that so many values of a tensor are."""
+    return count if ref.packed is None else ref.packed.weights
+
+
 def _flops(view: ModelView, parts: Iterable[tuple[TensorRef, int]]) -> int:
     """A token passes as many experts as the configuration says, and experts are alike."""
     passed = [(ref, count) for ref, count in parts if ref.expert is None or ref.expert < view.active_experts]
-    return sum(2 * count for ref, count in passed if len(ref.shape) == 2)
+    return sum(2 * _weights(ref, count) for ref, count in passed if ref.packed is not None or len(ref.shape) == 2)
 
 
 def _kv_bytes(view: ModelView, sublayer: SubLayer, widths: Mapping[str, int]) -> int:
-    if sublayer.kind != "attention" or not view.arch.decoder:
+    if sublayer.kind != "attention" or not view.stack_of(sublayer.block).decoder:
         return 0
-    item = max(ITEM_BYTES[ref.dtype] for ref in sublayer.tensors if len(ref.shape) == 2)
+    matrices = [ref for ref in sublayer.tensors if len(ref.shape) == 2 and ref.packed is None]
+    plain = matrices or [ref for ref in sublayer.tensors if ref.packed is None]
+    item = max(ITEM_BYTES[ref.dtype] for ref in plain)
     return 2 * widths["kv"] * widths["hd"] * item

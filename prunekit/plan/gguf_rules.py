@@ -106,6 +106,7 @@ def require_family(view: ModelView) -> None:
         PlanError: naming the rule that it breaks.
     """
     family = f"`{view.model_type}`"
+    view.require_plain("GGUF")
     if view.section or view.model_type not in GRAPHS:
         raise PlanError(f"{family} is not written as GGUF", why=f"prunekit writes {', '.join(GRAPHS)}", hint=HINT)
     reason = _config_reason(view)

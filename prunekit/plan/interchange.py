@@ -97,6 +97,8 @@ def _can(view: ModelView, plan: Plan, name: str) -> bool:
 
 
 def _require_plain(view: ModelView, name: str) -> None:
+    if name != "prunekit" and view.arch.stacks:
+        raise PlanError("the model has several stacks of blocks, which only plans of prunekit tell apart")
     if name != "prunekit" and view.heterogeneous:
         raise PlanError("the model's blocks differ already, which only plans of prunekit know")
 

@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from prunekit.structure.packed import SECTIONS
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
 
-# For each block of the result the source blocks of its attention and its FFN.
-Sources = Sequence[tuple[int, int]]
+# For each block of the result the source blocks of its attention and its FFN, as in a layout.
+Sources = Sequence[tuple[int, ...]]
 # Lists of any configuration that have no entry a block, however long they are.
-_OTHER_LISTS = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id"}
+_OTHER_LISTS = {
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_decoder_ids",
+}
 # Blocks that need others, which no cut here looks after.
 _TIES = {
     "num_kv_shared_layers": "the last attentions read keys and values of earlier ones",
     "num_nextn_predict_layers": "prediction heads after the last block read what it puts out",
 }
 # Keys that speak of single blocks in families that are known to read them.
-_RULES = ("sliding_window_pattern", "no_rope_layer_interval", "mlp_only_layers")
+_RULES = (
+    "sliding_window_pattern",
+    "no_rope_layer_interval",
+    "mlp_only_layers",
+    "hybrid_override_pattern",
+    "full_attention_interval",
+    "attn_layer_period",
+    "expert_layer_period",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "interleave_moe_layer_step",
+    "cross_attention_layers",
+    "per_layer_config",
+)
 # What transformers takes where a configuration with `use_sliding_window` does not say it.
 _MAX_WINDOW_LAYERS = 28
 # Key that says every how many blocks attention has no window, and what transformers takes where it is missing.
 _EVERY = {"modernbert": ("global_attn_every_n_layers", 3)}
-# Modules that a quantised checkpoint left as they were.
-_SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules")
+# Signs of a name that stands for several: an expression, or a text with stars.
+_PATTERN = re.compile(r"^\w*:|^[-+]:|[*?\[\](){}|+^$\\]")
 
 
 def ties(view: ModelView) -> str:
@@ -36,9 +59,12 @@ def ties(view: ModelView) -> str:
 
 def refusal(view: ModelView, sources: Sources) -> str:
     """Why a stock configuration cannot follow its blocks to these places, "" where it can."""
-    if all(pair == (i, i) for i, pair in enumerate(sources)) and len(sources) == len(view.blocks):
+    deep = cache_refusal(view, [view.blocks[pair[0]].stack for pair in sources])
+    if deep:
+        return deep
+    if all(set(pair) == {i} for i, pair in enumerate(sources)) and len(sources) == len(view.blocks):
         return ""
-    if view.text.get("scale_attn_by_inverse_layer_idx") and any(a != i for i, (a, _) in enumerate(sources)):
+    if view.text.get("scale_attn_by_inverse_layer_idx") and any(pair[0] != i for i, pair in enumerate(sources)):
         return "`scale_attn_by_inverse_layer_idx` ties a block's scale to its number"
     if view.arch.first_attention_stays and sources[0][0]:
         return "the stock class has no norm before its first attention, others have"
@@ -53,7 +79,7 @@ def follow(view: ModelView, sources: Sources) -> tuple[dict[str, Any], dict[str,
     """
     text, lists = view.text, explicit_lists(view)
     changed: dict[str, Any] = {
-        key: [lists[key][a if kind == "attention" else f] for a, f in sources]
+        key: [lists[key][pair[0] if kind == "attention" else pair[-1]] for pair in sources]
         for key, kind in view.arch.lists.items()
         if key in lists
     }
@@ -63,15 +89,15 @@ def follow(view: ModelView, sources: Sources) -> tuple[dict[str, Any], dict[str,
         changed |= dict.fromkeys(("stage_names", "out_indices", "out_features"))
     full = text.get("max_window_layers")
     if isinstance(full, int):
-        changed["max_window_layers"] = sum(a < full for a, _ in sources)
+        changed["max_window_layers"] = sum(pair[0] < full for pair in sources)
     for key, rule in view.arch.periodic.get(view.model_type, {}).items():
         if rule.key in text and changed.get(key) != rule.entries(text, len(sources)):
             changed[rule.key] = None
     if view.arch.sparse:
         dense = view.arch.dense_blocks(text, len(view.blocks))
-        changed[view.arch.sparse["dense"]] = [new for new, (_, f) in enumerate(sources) if f in dense]
+        changed[view.arch.sparse["dense"]] = [new for new, pair in enumerate(sources) if pair[-1] in dense]
         changed[view.arch.sparse["step"]] = 1
-    return changed, _unquantised(view, sources)
+    return changed, _quantised(view, sources)
 
 
 def explicit_lists(view: ModelView) -> dict[str, list[Any]]:
@@ -103,6 +129,19 @@ def _every(types: list[str]) -> int:
     return next((n for n in numbers if windowed == [i % n > 0 for i in range(len(types))]), 0)
 
 
+def cache_refusal(view: ModelView, stacks: Sequence[str]) -> str:
+    """Why a model cannot keep keys and values, "" where it can.
+
+    Args:
+        view: says by which stack's depth they are counted.
+        stacks: that of each block.
+    """
+    most = view.arch.deepest
+    deeper = (s.stack for s in view.arch.each if most and stacks.count(s.stack) > stacks.count(most))
+    stack = next(deeper, None)
+    return "" if stack is None else f"the class has no KV cache for a {stack} that is deeper than the {most}"
+
+
 def _stages(view: ModelView) -> str:
     """A vision backbone names blocks that it hands out; the default, its last one, follows by itself."""
     given = view.text.get("out_indices")
@@ -121,9 +160,10 @@ def _unknown_rule(view: ModelView) -> str:
 
 def _unknown_list(view: ModelView) -> str:
     depth = len(view.blocks)
+    depths = {sum(block.stack == part.stack for block in view.blocks) for part in view.arch.each} - {0, 1}
     for section in (view.config, view.text):
         for key, value in section.items():
-            deep = isinstance(value, list) and len(value) == depth > 1 and key not in _OTHER_LISTS
+            deep = isinstance(value, list) and len(value) in depths and key not in _OTHER_LISTS
             if deep and key not in view.arch.lists and key not in view.arch.sparse.values():
                 return f"the list `{key}` of the configuration is as long as the model is deep, and nobody knows why"
     for key in view.arch.lists:
@@ -133,27 +173,52 @@ def _unknown_list(view: ModelView) -> str:
 
 
 def _unmovable_module(view: ModelView, sources: Sources) -> str:
-    for name in (name for names in _unquantised_names(view).values() for name in names):
-        if name.startswith("re:") and re.search(r"\d", name):
-            return f"`{name}` of `quantization_config` may name blocks, and is a pattern"
-        place = _place(view, name)
-        if place and not place[1] and any(place[0] in pair and pair[0] != pair[1] for pair in sources):
-            return f"`{name}` of `quantization_config` names a block of which only a part moves"
+    for section in SECTIONS:
+        for name, free in _names(view.config.get(section)):
+            place = _place(view, name)
+            if place is None and _PATTERN.search(name) and re.search(r"(?<![A-Za-z0-9])\d", name):
+                return f"`{name}` of `{section}` may name blocks, and is a pattern"
+            if place and not free:
+                return f"`{name}` of `{section}` names a block where no list does"
+            if place and not place[1] and any(place[0] in pair and len(set(pair)) > 1 for pair in sources):
+                return f"`{name}` of `{section}` names a block of which only a part moves"
     return ""
 
 
-def _unquantised(view: ModelView, sources: Sources) -> dict[str, Any]:
-    """Modules that were not quantised, under their new names."""
-    changed = {
-        key: [new for name in names for new in _renamed(view, name, sources)]
-        for key, names in _unquantised_names(view).items()
-    }
-    return {"quantization_config": view.config["quantization_config"] | changed} if changed else {}
+def _names(data: Any, free: bool = False) -> Iterator[tuple[str, bool]]:
+    """Texts and keys of a quantisation's section, and whether they are of a list or a mapping, which can lose some."""
+    if isinstance(data, str):
+        yield data, free
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield key, True
+            yield from _names(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from _names(value, True)
 
 
-def _unquantised_names(view: ModelView) -> dict[str, list[str]]:
-    section: Mapping[str, Any] = view.config.get("quantization_config") or {}
-    return {key: section[key] for key in _SKIPPED if isinstance(section.get(key), list)}
+def _quantised(view: ModelView, sources: Sources) -> dict[str, Any]:
+    """What the configuration says of modules that are quantised in some way, or not, under their new names.
+
+    Each method has keys of its own for that (`modules_to_not_convert`, `ignore`, `config_groups.*.targets`,
+    `extra_config`), so that every name is followed wherever it stands.
+    """
+    there = {key: view.config[key] for key in SECTIONS if isinstance(view.config.get(key), Mapping)}
+    moved = {key: _moved(view, section, sources) for key, section in there.items()}
+    return {key: section for key, section in moved.items() if section != there[key]}
+
+
+def _moved(view: ModelView, data: Any, sources: Sources) -> Any:
+    """The same data with modules under their new names, those of blocks that went left out."""
+    if isinstance(data, Mapping):
+        return {
+            new: _moved(view, value, sources) for key, value in data.items() for new in _renamed(view, key, sources)
+        }
+    if isinstance(data, list):
+        new_names = [_renamed(view, v, sources) if isinstance(v, str) else [_moved(view, v, sources)] for v in data]
+        return [value for values in new_names for value in values]
+    return data
 
 
 def _renamed(view: ModelView, name: str, sources: Sources) -> list[str]:
@@ -162,13 +227,23 @@ def _renamed(view: ModelView, name: str, sources: Sources) -> list[str]:
     if place is None:
         return [name]
     block, rest = place
-    tables = view.arch.sublayers
-    column = int(any(f"{tensor}.".startswith(f"{rest}.") for tensor in (*tables["ffn"], *tables["dense_ffn"])))
-    moved = [new for new, pair in enumerate(sources) if pair[column] == block]
-    return [re.sub(rf"^({view.arch.block})\d+", rf"\g<1>{new}", name) for new in moved]
+    stack = view.stack_of(block)
+    tables = {
+        kind: [*stack.sublayers[kind], *(stack.sublayers["dense_ffn"] if kind == "ffn" else ())] for kind in stack.kinds
+    }
+    general, _ = stack.expert_of(f"{rest}.")
+    holds = (any(f"{tensor}.".startswith(general) for tensor in tables[kind]) for kind in stack.kinds)
+    column = next((i for i, found in enumerate(holds) if found), 0)
+    mine = [pair for pair in sources if view.stack_of(pair[0]) is stack]
+    moved = [new for new, pair in enumerate(mine) if pair[column] == block]
+    return [re.sub(rf"^({stack.block})\d+", rf"\g<1>{new}", name) for new in moved]
 
 
 def _place(view: ModelView, name: str) -> tuple[int, str] | None:
-    """Block of a module and the rest of its name; None outside blocks."""
-    found = re.fullmatch(rf"{view.arch.block}(\d+)(?:\.(.+))?", name)
-    return (int(found[1]), found[2] or "") if found else None
+    """Block of a module, counted through the stacks, and the rest of its name; None outside the blocks there are."""
+    for part in view.arch.each:
+        found = re.fullmatch(rf"{part.block}(\d+)(?:\.(.+))?", name)
+        there = [block.index for block in view.blocks if block.stack == part.stack]
+        if found and int(found[1]) < len(there):
+            return there[int(found[1])], found[2] or ""
+    return None

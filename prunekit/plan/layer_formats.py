@@ -240,7 +240,7 @@ def decilm_notes(view: ModelView, plan: Plan) -> dict[str, str]:
     alone = [number for number, part in enumerate(parts) if list(part) == ["attention"]]
     notes = {}
     first = "no: its class expects attention in block 0" if "attention" not in parts[0] and parts[0] else "yes"
-    notes["vLLM"] = f"{first}; with --trust-remote-code (vLLM main, nemotron_nas.py)"
+    notes["vLLM"] = f"{first}; with --trust-remote-code (nemotron_nas.py in vllm@00bd149)"
     bias = view.config.get("attention_bias")
     notes["TensorRT-LLM"] = ("no: attention biases" if bias else "yes") + " (TensorRT-LLM, nemotron_nas)"
     if alone:

@@ -135,6 +135,7 @@ def _decilm_place(view: ModelView, plan: Plan, runtime: Runtime, change: str) ->
     if view.model_type not in DECILM_FAMILIES:
         return Place(runtime.title, False, why, change)
     try:
+        view.require_plain("DeciLM")
         block_configs(view, plan)
     except PlanError as error:
         return Place(runtime.title, False, f"{why}; nor as DeciLM: {error.what}", change)
@@ -161,6 +162,8 @@ def _gguf_place(view: ModelView, plan: Plan, other: Place) -> Place:
 def _onnx(view: ModelView) -> Place:
     if view.section:
         return Place("ONNX Runtime", False, "models that see are not exported")
+    if view.arch.stacks:
+        return Place("ONNX Runtime", False, "models with an encoder and a decoder are not exported")
     if view.model_type not in _EXPORTED:
         return Place("ONNX Runtime", None, f"`prunekit export` is not tested with `{view.model_type}`")
     return Place("ONNX Runtime", True, "through `prunekit export`")
@@ -213,7 +216,7 @@ def changed_kinds(view: ModelView, plan: Plan) -> frozenset[str]:
     found: set[str] = set()
     for sublayer in _left(view, plan):
         widths = kept_widths(sublayer, plan)
-        if sublayer.kind == "attention":
+        if sublayer.role == "attention":
             cut = HIDDEN in plan.keep or any(widths[axis] != sublayer.widths[axis] for axis in ("kv", "rep"))
             # The dense model itself may have heads that do not make up the hidden width.
             if cut and widths["kv"] * widths["rep"] * widths["hd"] != kept_hidden(view, plan):
@@ -246,11 +249,14 @@ def _toward_stock(view: ModelView, plan: Plan) -> str:
         if len({(*kept_widths(s, plan).items(),) for s in _left(view, plan)}) > len(before):
             return "leave the same widths in every block, as `within: group` does"
         return "leave the heads whole" if "heads" in changed_kinds(view, plan) else "leave `layout` at auto"
-    for extra in sorted((_to_turns(view, plan), _whole_blocks(view, plan)), key=len):
+    ways = [*([] if view.arch.stacks else [_to_turns(view, plan)]), _whole_blocks(view, plan)]
+    for extra in sorted(ways, key=len):
         more = {*plan.drop, *extra}
         if len(more) < len(view.sublayers) and is_stock(view, Plan.make(view, more)):
             if len(extra) <= _NAMED:
                 return f"remove {' and '.join(extra)} too"
+            if view.arch.stacks:
+                return f"remove {len(extra)} more sub-layers, or use `remove: blocks`"
             return f"remove {len(extra)} more sub-layers, or use `remove: sublayers` with `keep_alternating: true`"
     return ""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import PlanError
-from prunekit.structure.view import HIDDEN, WIDTHS
+from prunekit.structure.view import HIDDEN, PACKED_HINT, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView
@@ -79,6 +79,9 @@ class Plan:
         width = _width(view, address)
         if address == HIDDEN:
             view.hidden_rule()
+        packed = view.packed_along(address) if len(kept) < width else ""
+        if packed:
+            raise PlanError(f"`{address}` cannot be narrowed", why=packed, hint=PACKED_HINT)
         if kind in view.arch.fixed and len(kept) < width:
             raise PlanError(f"`{address}` cannot be narrowed", why=view.arch.fixed[kind])
         if kind == "experts" and 0 < len(kept) < min(view.active_experts, width):

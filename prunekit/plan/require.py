@@ -139,7 +139,7 @@ def _stuck(recipe: Recipe, view: ModelView, plan: Plan, here: ModelView, kind: s
     """Units that cannot go, alone or with a neighbour, without breaking the requirement; none if that holds for all."""
     addresses = [s.address for s in here.sublayers]
     if kind == "blocks":
-        parts = [(f"blocks.{b.index}", [s.address for s in b.sublayers]) for b in here.blocks if b.sublayers]
+        parts = [(b.address, [s.address for s in b.sublayers]) for b in here.blocks if b.sublayers]
         stuck = [unit for unit, gone in parts if not _keeps(recipe, view, plan, gone)]
         return tuple(stuck) if len(stuck) < len(parts) else ()
     free = {address for pair in pairwise(addresses) if _keeps(recipe, view, plan, pair) for address in pair}
@@ -148,6 +148,12 @@ def _stuck(recipe: Recipe, view: ModelView, plan: Plan, here: ModelView, kind: s
 
 def _require_turns(step: Step, view: ModelView, plan: Plan, here: ModelView) -> None:
     """`keep_alternating` needs a model whose sub-layers take turns, and can be paired anew."""
+    if view.arch.stacks:
+        raise PlanError(
+            "sub-layers of a model with several stacks cannot go in pairs",
+            why="blocks of the decoder have a cross-attention between attention and FFN",
+            hint="use `remove: blocks`",
+        )
     candidates = step.by.knobs.get("candidates")
     if candidates is not None and candidates not in ALTERNATING:
         raise PlanError(

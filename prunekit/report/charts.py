@@ -149,7 +149,7 @@ def heat_map(scores: ScoresPart, plan: PlanPart) -> HeatMap:
     """Scores as cells; units inside a sub-layer by row, whole units over depth."""
     finite = [value for value in scores.values if value is not None and math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
-    if scores.kind in ("blocks", "sublayers", "attention", "ffn"):
+    if scores.kind in ("blocks", "sublayers", "attention", "cross_attention", "ffn"):
         return _tiles(scores, plan, low, high)
     groups: dict[str, list[tuple[str, float | None]]] = {}
     for unit, value in zip(scores.units, scores.values, strict=True):
@@ -185,11 +185,12 @@ def _tiles(scores: ScoresPart, plan: PlanPart, low: float, high: float) -> HeatM
     rows: dict[str, list[HeatCell]] = {}
     gone = []
     for unit, value in zip(scores.units, scores.values, strict=True):
-        words = unit.split(".")
-        kind = words[2] if len(words) > 2 else "block"
-        went = unit in plan.drop or {f"{unit}.attention", f"{unit}.ffn"} <= set(plan.drop)
-        cell = HeatCell(words[1] if len(words) > 1 else unit, number(value), _shade(value, low, high), went)
-        rows.setdefault(kind, []).append(cell)
+        stack, _, words = unit.rpartition("blocks.")
+        place, _, kind = words.partition(".")
+        parts = ("attention", "ffn", *(["cross_attention"] if stack == "decoder." else []))
+        went = unit in plan.drop or {f"{unit}.{part}" for part in parts} <= set(plan.drop)
+        cell = HeatCell(place, number(value), _shade(value, low, high), went)
+        rows.setdefault(f"{stack.rstrip('.')} {kind or 'block'}".lstrip(), []).append(cell)
         if went:
             gone.append((math.inf if value is None or math.isnan(value) else value, unit, number(value)))
     listed = tuple((unit, text) for _, unit, text in sorted(gone))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.report.charts import heat_map, line_chart
-from prunekit.report.layer_map import KINDS, Cell, details, summary
+from prunekit.report.layer_map import KINDS, Cell, details, kinds_of, summary
 from prunekit.report.run import OrderPart, Run, ScoresPart, part
 from prunekit.report.table import MEASURES, lines
 
@@ -19,7 +19,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _HEADLINE = ("params", "file_bytes", "flops_per_token", "kv_bytes_per_token", "perplexity", "embedding_cosine")
 # What is counted shrinks, so a bar of what is left says something; quality and speed have no such whole.
 _SHARES = {"params", "file_bytes", "flops_per_token", "kv_bytes_per_token"}
-_KIND_NAMES = {"attention": "attention", "ffn": "FFN"}
+_KIND_NAMES = {"attention": "attention", "cross_attention": "cross-attention", "ffn": "FFN"}
 
 
 def html_report(run: Run) -> str:
@@ -58,7 +58,8 @@ def _context(run: Run) -> dict[str, Any]:
         "summary": summary(rows),
         "removed": details(rows),
         "tiles": list(_headline(run)),
-        "blocks": [_Block(row.block, [_CellView(kind, getattr(row, kind)) for kind in KINDS]) for row in rows],
+        "blocks": [_Block(row.name, [_CellView(kind, getattr(row, kind)) for kind in kinds_of(rows)]) for row in rows],
+        "kinds": [_KIND_NAMES[kind] for kind in kinds_of(rows)],
         "widths": _widths(run),
         "states": sorted({getattr(row, kind).state for row in rows for kind in KINDS} - {"absent"}),
         "heats": [(o, heat_map(o, run.plan)) for o in run.orders if isinstance(o, ScoresPart) and o.units],
@@ -118,7 +119,7 @@ class _CellView:
 
 @dataclass(frozen=True)
 class _Block:
-    number: int
+    number: str
     cells: list[_CellView]
 
 
@@ -126,18 +127,20 @@ def _widths(run: Run) -> list[dict[str, str]]:
     """Heads, KV groups and neurons of every block before and after, where the manifest has them."""
     found, rows = run.plan.widths, []
     for row in run.rows if found else []:
-        attention, ffn = (found.get(f"blocks.{row.block}.{kind}", {}) for kind in KINDS)
-        kv, rep, neurons = attention.get("kv_groups", 0), attention.get("query_heads", 0), ffn.get("neurons", 0)
-        kept_kv, kept_rep = _kept(row.attention, "kv_groups", kv), _kept(row.attention, "query_heads", rep)
-        rows.append(
-            {
-                "block": str(row.block),
-                "query_heads": _change(kv * rep, kept_kv * kept_rep),
-                "kv_groups": _change(kv, kept_kv),
-                "neurons": _change(neurons, _kept(row.ffn, "neurons", neurons)),
-            }
-        )
+        attention, cross, ffn = (found.get(f"{row.address}.{kind}", {}) for kind in KINDS)
+        neurons = ffn.get("neurons", 0)
+        own = {"neurons": _change(neurons, _kept(row.ffn, "neurons", neurons))}
+        rows.append({"block": row.name, **_heads(attention, row.attention), **own})
+        if cross:
+            heads = _heads(cross, row.cross_attention)
+            rows.append({"block": f"{row.name}, cross-attention", **heads, "neurons": ""})
     return rows
+
+
+def _heads(attention: Mapping[str, int], cell: Cell) -> dict[str, str]:
+    kv, rep = attention.get("kv_groups", 0), attention.get("query_heads", 0)
+    kept_kv, kept_rep = _kept(cell, "kv_groups", kv), _kept(cell, "query_heads", rep)
+    return {"query_heads": _change(kv * rep, kept_kv * kept_rep), "kv_groups": _change(kv, kept_kv)}
 
 
 def _kept(cell: Cell, unit: str, before: int) -> int:

@@ -1,4 +1,4 @@
-"""The layer map: which attention and FFN sub-layers a plan keeps, narrows or removes, over depth."""
+"""The layer map: which sub-layers a plan keeps, narrows or removes, over depth."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from prunekit.report.ranges import numbers
+from prunekit.report.ranges import fold, numbers
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
     from prunekit.structure.view import ModelView, SubLayer
 
 State = Literal["kept", "narrowed", "removed", "absent"]
-KINDS: tuple[str, ...] = ("attention", "ffn")
+KINDS: tuple[str, ...] = ("attention", "cross_attention", "ffn")
 # Without colour the glyphs alone must tell the states apart, so each state has its own shape.
 GLYPHS: dict[str, str] = {"kept": "█", "narrowed": "▄", "removed": "·", "absent": " "}
 ASCII_GLYPHS: dict[str, str] = {"kept": "#", "narrowed": "o", "removed": ".", "absent": " "}
@@ -48,16 +48,37 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One block of the source model."""
+    """One block of the source model.
+
+    Args:
+        block: its number, within its stack.
+        attention: over the stream itself.
+        ffn: the FFN.
+        cross_attention: absent in most models.
+        stack: `encoder` or `decoder`, "" in a model with one.
+    """
 
     block: int
     attention: Cell
     ffn: Cell
+    cross_attention: Cell = Cell("absent", {})
+    stack: str = ""
+
+    @property
+    def name(self) -> str:
+        """`3`, or `decoder 3`."""
+        return f"{self.stack} {self.block}".strip()
+
+    @property
+    def address(self) -> str:
+        """`blocks.3`, or `decoder.blocks.3`."""
+        return f"{self.stack}.blocks.{self.block}".removeprefix(".")
 
     def to_json(self) -> dict[str, Any]:
-        """The row as JSON values."""
-        cells = {kind: getattr(self, kind) for kind in KINDS}
+        """The row as JSON values; `stack` and `cross_attention` where there are several stacks."""
+        cells = {kind: getattr(self, kind) for kind in KINDS if kind != "cross_attention" or self.stack}
         return {
+            **({"stack": self.stack} if self.stack else {}),
             "block": self.block,
             **{k: {"state": c.state, "widths": {n: list(w) for n, w in c.widths.items()}} for k, c in cells.items()},
         }
@@ -65,10 +86,18 @@ class Row:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """The row that `to_json` wrote."""
-        attention, ffn = (
-            Cell(data[kind]["state"], {n: (w[0], w[1]) for n, w in data[kind]["widths"].items()}) for kind in KINDS
-        )
-        return cls(data["block"], attention, ffn)
+        cells = {
+            kind: Cell(data[kind]["state"], {n: (w[0], w[1]) for n, w in data[kind]["widths"].items()})
+            for kind in KINDS
+            if kind in data
+        }
+        return cls(data["block"], **cells, stack=data.get("stack", ""))
+
+
+def kinds_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Kinds of sub-layer that any block has, in the order they run; attention and FFN always."""
+    cross = any(row.cross_attention.state != "absent" for row in rows)
+    return tuple(kind for kind in KINDS if kind != "cross_attention" or cross)
 
 
 def layer_map(view: ModelView, plan: Plan) -> list[Row]:
@@ -79,7 +108,16 @@ def layer_map(view: ModelView, plan: Plan) -> list[Row]:
         plan: the cuts.
     """
     dropped = set(plan.drop)
-    return [Row(b.index, _cell(b.attention, plan, dropped), _cell(b.ffn, plan, dropped)) for b in view.blocks]
+    return [
+        Row(
+            block.index if block.number is None else block.number,
+            _cell(block.attention, plan, dropped),
+            _cell(block.ffn, plan, dropped),
+            _cell(block.cross_attention, plan, dropped),
+            block.stack,
+        )
+        for block in view.blocks
+    ]
 
 
 def _cell(sublayer: SubLayer | None, plan: Plan, dropped: set[str]) -> Cell:
@@ -105,28 +143,41 @@ def _unit_counts(sublayer: SubLayer) -> dict[str, int]:
 def summary(rows: Sequence[Row]) -> str:
     """One line: `30 blocks: 4 of 30 attention and 8 of 30 ffn sub-layers removed, 2 narrowed`."""
     parts = []
-    for kind in KINDS:
+    for kind in kinds_of(rows):
         cells = [getattr(r, kind) for r in rows if getattr(r, kind).state != "absent"]
-        parts.append(f"{sum(c.state == 'removed' for c in cells)} of {len(cells)} {kind}")
+        parts.append(f"{sum(c.state == 'removed' for c in cells)} of {len(cells)} {kind.replace('_', '-')}")
     narrowed = sum(getattr(r, kind).state == "narrowed" for r in rows for kind in KINDS)
     blocks = "1 block" if len(rows) == 1 else f"{len(rows)} blocks"
-    return f"{blocks}: {parts[0]} and {parts[1]} sub-layers removed" + (f", {narrowed} narrowed" if narrowed else "")
+    text = f"{blocks}: {', '.join(parts[:-1])} and {parts[-1]} sub-layers removed"
+    return text + (f", {narrowed} narrowed" if narrowed else "")
 
 
 def details(rows: Sequence[Row]) -> list[str]:
     """Lines that name what went: `removed attention: 12, 14-16`, `narrowed kv_groups 3 -> 2: 0-29`."""
-    lines = []
+    return [line for stack in _stacks(rows) for line in _details(stack)]
+
+
+def _details(rows: Sequence[Row]) -> list[str]:
+    lines, stack = [], f"{rows[0].stack} ".lstrip() if rows else ""
     for kind in KINDS:
         removed = [r.block for r in rows if getattr(r, kind).state == "removed"]
         if removed:
-            lines.append(f"removed {kind}: {numbers(removed)}")
+            lines.append(f"removed {stack}{kind}: {numbers(removed)}")
     narrowed: dict[tuple[str, int, int], list[int]] = {}
     for row in rows:
         for kind in KINDS:
             for unit, (kept, before) in getattr(row, kind).widths.items():
-                narrowed.setdefault((unit, before, kept), []).append(row.block)
-    lines += [f"narrowed {unit} {before} -> {kept}: {numbers(n)}" for (unit, before, kept), n in narrowed.items()]
+                name = f"{kind} {unit}" if kind == "cross_attention" else unit
+                narrowed.setdefault((name, before, kept), []).append(row.block)
+    lines += [
+        f"narrowed {stack}{unit} {before} -> {kept}: {numbers(n)}" for (unit, before, kept), n in narrowed.items()
+    ]
     return lines
+
+
+def _stacks(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by stack, in order."""
+    return fold(rows, lambda row: row.stack)
 
 
 @dataclass(frozen=True)
@@ -138,13 +189,15 @@ class LayerMap:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         glyphs = ASCII_GLYPHS if options.ascii_only else GLYPHS
         yield Text(summary(self.rows))
-        label = max(len(k) for k in KINDS) + 2
+        label = max(len(k) for k in kinds_of(self.rows)) + 2
         # Ten cells between ruler marks: a whole number of tens per line keeps the marks aligned over lines.
         per_line = max(10, (options.max_width - label) // 10 * 10)
-        for start in range(0, len(self.rows), per_line):
-            chunk = self.rows[start : start + per_line]
-            yield Text("block".ljust(label) + _ruler([r.block for r in chunk]), no_wrap=True)
-            for kind in KINDS:
+        chunks = [
+            stack[start : start + per_line] for stack in _stacks(self.rows) for start in range(0, len(stack), per_line)
+        ]
+        for chunk in chunks:
+            yield Text((chunk[0].stack or "block").ljust(label) + _ruler([r.block for r in chunk]), no_wrap=True)
+            for kind in kinds_of(chunk):
                 line = Text(kind.ljust(label), no_wrap=True)
                 for row in chunk:
                     state = getattr(row, kind).state

@@ -1,4 +1,4 @@
-"""The layer map as a PNG: one row of cells for attention, one for FFN, blocks from left to right."""
+"""The layer map as a PNG: a row of cells for each kind of sub-layer, blocks from left to right."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit.report.layer_map import KINDS, Row, summary
+from prunekit.report.layer_map import KINDS, Row, kinds_of, summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Kept and narrowed differ in height and lightness too, so the map survives greyscale and colour blindness.
 KEPT, NARROWED, OUTLINE, TEXT = "#2f6f9f", "#e0a030", "#a8b0b8", "#333333"
+_NAMES = {"attention": "attention", "cross_attention": "cross-att.", "ffn": "FFN"}
 
 
 def write_layer_map(rows: Sequence[Row], path: Path, title: str = "") -> None:
@@ -48,7 +49,7 @@ def _draw_cells(axes: Axes, rows: Sequence[Row]) -> None:
     from matplotlib.patches import Rectangle
 
     for column, row in enumerate(rows):
-        for line, kind in enumerate(KINDS):
+        for line, kind in enumerate(kinds_of(rows)):
             cell = getattr(row, kind)
             if cell.state == "absent":
                 continue
@@ -65,13 +66,14 @@ def _draw_cells(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _draw_axes(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlim(-0.6, len(rows) - 0.4)
-    axes.set_ylim(-len(KINDS) + 0.45, 0.55)
+    kinds = kinds_of(rows)
+    axes.set_ylim(-len(kinds) + 0.45, 0.55)
     step = 1 if len(rows) <= 40 else 5 if len(rows) <= 100 else 10
     ticks = [i for i, row in enumerate(rows) if row.block % step == 0]
-    axes.set_xticks(ticks, [str(rows[i].block) for i in ticks], fontsize=8, color=TEXT)
-    axes.set_yticks(
-        [-i for i in range(len(KINDS))], [k if k != "ffn" else "FFN" for k in KINDS], fontsize=9, color=TEXT
-    )
+    # Of two stacks the first letter tells which.
+    names = [f"{rows[i].stack[:1]}{rows[i].block}" for i in ticks]
+    axes.set_xticks(ticks, names, fontsize=8, color=TEXT)
+    axes.set_yticks([-i for i in range(len(kinds))], [_NAMES[kind] for kind in kinds], fontsize=9, color=TEXT)
     beside_ticks: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     axes.annotate("block", (0, 0), (-4, -9), ha="right", va="center", fontsize=9, color=TEXT, **beside_ticks)
     axes.tick_params(length=0)

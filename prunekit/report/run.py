@@ -100,6 +100,8 @@ class RowPart(_Part):
     block: NonNegativeInt
     attention: CellPart
     ffn: CellPart
+    cross_attention: CellPart = CellPart(state="absent")
+    stack: Literal["", "encoder", "decoder"] = ""
 
 
 class Expectation(_Part):

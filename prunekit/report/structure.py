@@ -20,7 +20,7 @@ class BlockShape:
     """Widths and costs of one block; None where the block has no such sub-layer.
 
     Args:
-        block: index in the model.
+        block: index in the model, or in its stack.
         heads: query heads.
         kv_groups: key-value heads.
         head_width: numbers per head.
@@ -29,6 +29,8 @@ class BlockShape:
         params: parameters of the block.
         flops: floating-point operations a token.
         kv_bytes: bytes of KV cache a token.
+        stack: `encoder` or `decoder`, "" in a model with one stack.
+        cross_heads: heads of the cross-attention, None where there is none.
     """
 
     block: int
@@ -40,6 +42,8 @@ class BlockShape:
     params: int
     flops: int
     kv_bytes: int
+    stack: str = ""
+    cross_heads: int | None = None
 
     def shape(self) -> tuple[object, ...]:
         """All but the index: equal shapes are printed as one range."""
@@ -52,14 +56,14 @@ def block_shapes(view: ModelView) -> list[BlockShape]:
 
 
 def _shape(view: ModelView, block: Block) -> BlockShape:
-    attention, ffn = block.attention, block.ffn
-    present = [s.address for s in (attention, ffn) if s is not None]
+    attention, ffn, cross = block.attention, block.ffn, block.cross_attention
+    present = [s.address for s in block.sublayers]
 
     def total(of: str) -> int:
         return round(sum(unit_cost(view, address, of) for address in present))
 
     return BlockShape(
-        block=block.index,
+        block=block.index if block.number is None else block.number,
         heads=attention.widths["kv"] * attention.widths["rep"] if attention else None,
         kv_groups=attention.widths["kv"] if attention else None,
         head_width=attention.widths["hd"] if attention else None,
@@ -68,19 +72,22 @@ def _shape(view: ModelView, block: Block) -> BlockShape:
         params=total("params"),
         flops=total("flops"),
         kv_bytes=total("kv_bytes"),
+        stack=block.stack,
+        cross_heads=cross.widths["kv"] if cross else None,
     )
 
 
 def structure_table(shapes: Sequence[BlockShape]) -> Table:
     """Rich table: a line a range of equal blocks, costs per block."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    mixed = any(shape.experts for shape in shapes)
+    mixed, crossed = any(shape.experts for shape in shapes), any(shape.cross_heads for shape in shapes)
     table.add_column("blocks")
     heads = (
         "count",
         "heads",
         "KV groups",
         "head width",
+        *(["cross heads"] if crossed else []),
         "FFN width",
         *(["experts"] if mixed else []),
         "parameters (k)",
@@ -91,9 +98,11 @@ def structure_table(shapes: Sequence[BlockShape]) -> Table:
         table.add_column(head, justify="right")
     for run in fold(shapes, BlockShape.shape):
         first = run[0]
-        widths = (first.heads, first.kv_groups, first.head_width, first.ffn, *([first.experts] if mixed else []))
+        cross = [first.cross_heads] if crossed else []
+        experts = [first.experts] if mixed else []
+        widths = (first.heads, first.kv_groups, first.head_width, *cross, first.ffn, *experts)
         table.add_row(
-            numbers([s.block for s in run]),
+            f"{first.stack} {numbers([s.block for s in run])}".lstrip(),
             str(len(run)),
             *("none" if w is None else f"{w:,}" for w in widths),
             f"{first.params / 1e3:,.1f}",
@@ -105,7 +114,7 @@ def structure_table(shapes: Sequence[BlockShape]) -> Table:
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything `inspect` tells about a model."""
+    """Everything `inspect` tells about a model; `quantised` names the method, "" where weights are plain."""
 
     model_type: str
     architectures: tuple[str, ...]
@@ -113,6 +122,7 @@ class Structure:
     file_bytes: int
     total: Cost
     blocks: tuple[BlockShape, ...]
+    quantised: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the totals under `total`, one entry a block under `blocks`."""
@@ -123,9 +133,8 @@ def describe(view: ModelView) -> Structure:
     """Structure and cost of a model, from its files alone: no weight is read."""
     architectures = tuple(view.config.get("architectures") or ())
     total = cost(view)
-    return Structure(
-        view.model_type, architectures, view.tied, view.checkpoint.file_bytes, total, tuple(block_shapes(view))
-    )
+    blocks, file_bytes = tuple(block_shapes(view)), view.checkpoint.file_bytes
+    return Structure(view.model_type, architectures, view.tied, file_bytes, total, blocks, view.quantised)
 
 
 def structure_summary(name: str, structure: Structure) -> Table:
@@ -137,6 +146,8 @@ def structure_summary(name: str, structure: Structure) -> Table:
     table.add_row("model", name)
     table.add_row("class", ", ".join(structure.architectures) or structure.model_type)
     table.add_row("tied embeddings", "yes" if structure.tied else "no")
+    if structure.quantised:
+        table.add_row("quantised", structure.quantised)
     table.add_row("blocks", str(len(structure.blocks)))
     table.add_row("parameters", f"{total.params:,}")
     table.add_row("parameters in blocks", f"{total.block_params:,}")

@@ -30,7 +30,7 @@ class Gardener:
 
     precision: Literal["float16", "bfloat16", "float32"] = "float16"
 
-    kinds: ClassVar[tuple[str, ...]] = ("blocks", "sublayers", "attention", "ffn")
+    kinds: ClassVar[tuple[str, ...]] = ("blocks", "sublayers", "attention", "cross_attention", "ffn")
     needs: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = "Gardener: entropy of block weights, https://arxiv.org/abs/2602.03918"
     evidence: ClassVar[str] = (

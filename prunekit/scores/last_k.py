@@ -25,7 +25,7 @@ class LastK:
 
     keep_last: Annotated[int, Field(ge=0, strict=True)] = 0
 
-    kinds: ClassVar[tuple[str, ...]] = ("blocks", "sublayers", "attention", "ffn")
+    kinds: ClassVar[tuple[str, ...]] = ("blocks", "sublayers", "attention", "cross_attention", "ffn")
     needs: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = "The Unreasonable Ineffectiveness of the Deeper Layers, https://arxiv.org/abs/2403.17887"
     evidence: ClassVar[str] = "text: the paper's simple rule drops the deepest blocks except the last"

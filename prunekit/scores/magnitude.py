@@ -34,6 +34,7 @@ class Magnitude:
         "blocks",
         "sublayers",
         "attention",
+        "cross_attention",
         "ffn",
         "query_heads",
         "kv_groups",

@@ -29,6 +29,7 @@ class Random:
         "blocks",
         "sublayers",
         "attention",
+        "cross_attention",
         "ffn",
         "query_heads",
         "kv_groups",

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from prunekit.core.errors import StructureError
 
+SublayerKind = Literal["attention", "cross_attention", "ffn"]
 PREFIX = "prunekit_"
 _FOLDER = Path(__file__).with_name("archs")
+# Kinds of sub-layer in the order in which a block runs them.
+SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "cross_attention", "ffn")
 # For each dimension the axes it factors into, outermost first. "+" stands between sections that follow each other:
 # queries, keys and values in one matrix are `("kv", "rep", "hd", "+", "kv", "hd", "+", "kv", "hd")`.
 Layout = tuple[tuple[str, ...], ...]
@@ -86,7 +89,8 @@ class Architecture:
             where the sum is normalised; `parallel` where both sub-layers of a block read the same stream.
         norm_by: a configuration key, and the `norm` where it is true or missing and where it is false; or nothing.
         decoder: whether it keeps keys and values of earlier tokens.
-        keys: names of the configuration's keys by role: blocks, hidden, heads, kv_heads, head_width, ffn, or
+        keys: names of the configuration's keys by role: blocks (and blocks_too, by which older files repeat their
+            number), hidden, heads, kv_heads, head_width, ffn, or
             ffn_multiple where it gives the FFN's width as a multiple of the hidden width, and for experts: experts,
             active_experts, dense_ffn; embedding, where embeddings may be narrower than the hidden width. Several names,
             apart by a space, are tried in order.
@@ -99,11 +103,15 @@ class Architecture:
         stock_widths: width kinds that a stock configuration can say when all blocks are alike.
         fixed: width kinds that cannot be cut, and why: what is left would compute something else.
         shared_heads: whether a tensor outside blocks has an entry for each head, so that heads keep their numbers.
+        shared: pattern of tensors that belong to all blocks and are stored as if they were one block's, "" for none.
+        deepest: the stack that none may be deeper than, "" for none: the stock class counts by its blocks the layers of
+            its KV cache.
         first_attention_stays: whether the first attention differs from the others and cannot be another one.
         block: pattern of tensor names up to the block's number.
-        sublayers: tensors of `attention`, `ffn` and `dense_ffn` (that of blocks without experts in a model that has
-            them) by the name after the block's number; `{expert}` stands for an expert's number, and the last matrix of
-            each leads back to the residual stream.
+        sublayers: tensors of `attention`, `cross_attention` (that reads what an encoder gives; most have none), `ffn`
+            and `dense_ffn` (that of blocks without experts in a model that has them) by the name after the block's
+            number; `{expert}` stands for an expert's number, and the last matrix of each leads back to the residual
+            stream.
         outer: tensors outside blocks by pattern.
         ignored: patterns of stored buffers that are no weights.
         head: pattern of the output matrix, "" where there is none.
@@ -111,6 +119,9 @@ class Architecture:
         projection: pattern of another matrix that every token passes outside blocks, "" where there is none.
         tied: model types whose head shares the token embedding where the configuration does not say.
         hidden: how hidden channels are cut, None where that is not known.
+        stack: which of several stacks of blocks this describes, "" for a model with one, and for the whole of others.
+        stacks: of the whole of a model with several: each of them, in the order they run. The whole then has no keys,
+            block or sub-layers of its own.
     """
 
     name: str
@@ -127,6 +138,8 @@ class Architecture:
     stock_widths: tuple[str, ...]
     fixed: Mapping[str, str]
     shared_heads: bool
+    shared: str
+    deepest: str
     first_attention_stays: bool
     block: str
     sublayers: Mapping[str, Mapping[str, Pattern]]
@@ -137,6 +150,18 @@ class Architecture:
     projection: str
     tied: tuple[str, ...]
     hidden: HiddenRule | None = None
+    stack: str = ""
+    stacks: tuple[Architecture, ...] = ()
+
+    @property
+    def each(self) -> tuple[Architecture, ...]:
+        """Its stacks; itself where there is one."""
+        return self.stacks or (self,)
+
+    @property
+    def kinds(self) -> tuple[SublayerKind, ...]:
+        """Kinds of sub-layer that a block has, in the order they run."""
+        return tuple(kind for kind in SUBLAYER_KINDS if self.sublayers[kind])
 
     def norm_of(self, config: Mapping[str, Any]) -> Norm:
         """How a configuration's sub-layers are normalised."""
@@ -149,7 +174,7 @@ class Architecture:
     def key(self, role: str, config: Mapping[str, Any]) -> str:
         """The configuration's key for a role, "" where the architecture has none."""
         names = self.keys.get(role, "").split()
-        return next((name for name in names if name in config), names[0] if names else "")
+        return next((name for name in names if config.get(name) is not None), names[0] if names else "")
 
     def dense_blocks(self, config: Mapping[str, Any], depth: int) -> frozenset[int]:
         """Blocks of a model with experts that have none."""
@@ -162,7 +187,9 @@ class Architecture:
     def split(self, name: str) -> tuple[int, str] | None:
         """Block number and rest of a tensor's name; None for a tensor outside blocks."""
         match = re.fullmatch(rf"{self.block}(\d+)\.(.+)", name)
-        return (int(match[1]), match[2]) if match else None
+        if match is None or (self.shared and re.fullmatch(self.shared, name)):
+            return None
+        return int(match[1]), match[2]
 
     def renumbered(self, name: str, block: int, expert: int | None = None) -> str:
         """A block tensor's name in another block, and for another expert where it belongs to one."""
@@ -206,8 +233,8 @@ def sections(dim: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
 
 
 def dim_size(dim: tuple[str, ...], sizes: Mapping[str, int]) -> int:
-    """Length of a dimension; `kv rep hd + kv hd` with kv 2, rep 2 and hd 8 gives 48."""
-    return sum(math.prod(sizes[axis] for axis in part) for part in sections(dim))
+    """Length of a dimension; `kv rep hd + kv hd` with kv 2, rep 2 and hd 8 gives 48. A number stands for itself."""
+    return sum(math.prod(int(a) if a.isdecimal() else sizes[a] for a in part) for part in sections(dim))
 
 
 def architecture(model_type: str) -> Architecture:
@@ -255,12 +282,27 @@ _OPTIONAL: dict[str, Any] = {
     "projection": "",
     "tied": [],
     "shared_heads": False,
+    "shared": "",
+    "deepest": "",
+    "cross_attention": {},
+    "stacks": {},
     "first_attention_stays": False,
     "hidden": None,
 }
 
 
+# What describes the blocks of one stack, and the whole of a model with several does not have.
+_OF_BLOCKS: dict[str, Any] = {"keys": {}, "block": "", "attention": {}, "ffn": {}}
+
+
 def _read(name: str, data: dict[str, Any]) -> Architecture:
+    stacks = data.get("stacks", {})
+    found = _described(name, {**(_OF_BLOCKS if stacks else {}), **data})
+    parts = (replace(_described(name, {**data, **part}), stack=stack) for stack, part in stacks.items())
+    return replace(found, stacks=tuple(parts))
+
+
+def _described(name: str, data: dict[str, Any]) -> Architecture:
     wrong = (_REQUIRED - set(data)) | (set(data) - _REQUIRED - set(_OPTIONAL))
     if wrong:
         raise StructureError(f"architecture `{name}`: missing or unknown keys", why=", ".join(sorted(wrong)))
@@ -283,9 +325,11 @@ def _read(name: str, data: dict[str, Any]) -> Architecture:
         stock_widths=tuple(data["stock_widths"]),
         fixed=data["fixed"],
         shared_heads=data["shared_heads"],
+        shared=data["shared"],
+        deepest=data["deepest"],
         first_attention_stays=data["first_attention_stays"],
         block=data["block"],
-        sublayers={kind: _patterns(data[kind]) for kind in ("attention", "ffn", "dense_ffn")},
+        sublayers={kind: _patterns(data[kind]) for kind in (*SUBLAYER_KINDS, "dense_ffn")},
         outer=_patterns(data["outer"]),
         ignored=tuple(data["ignored"]),
         head=data["head"],

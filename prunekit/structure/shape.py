@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from prunekit.core.errors import StructureError
-from prunekit.structure.architecture import PREFIX, Architecture, Pattern
+from prunekit.structure.architecture import PREFIX, Architecture, Pattern, SublayerKind
 
-SublayerKind = Literal["attention", "ffn"]
-SUBLAYER_KINDS: tuple[SublayerKind, ...] = ("attention", "ffn")
 # What a configuration of a heterogeneous folder calls a removed sub-layer.
-SKIPS: dict[SublayerKind, str] = {"attention": "attention", "ffn": "mlp"}
+SKIPS: dict[SublayerKind, str] = {"attention": "attention", "cross_attention": "cross_attention", "ffn": "mlp"}
 # More than any model has; larger claims come from damaged files and would take memory in proportion.
 _MOST = {"blocks": 10_000, "heads": 65_536, "kv_heads": 65_536, "experts": 65_536}
 _MOST_WIDTH = 2**24
 # What a block of a heterogeneous folder may say of itself in numbers.
-_COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_local_experts")
+_COUNTS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "cross_attention_heads",
+    "intermediate_size",
+    "num_local_experts",
+)
 
 
 def text_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
@@ -36,13 +40,13 @@ class Shape:
 
     Args:
         config: the whole configuration.
-        arch: its architecture.
+        arch: its architecture, or one of the stacks of that.
     Raises:
         StructureError: where a number is missing, or is none.
     """
 
     def __init__(self, config: Mapping[str, Any], arch: Architecture) -> None:
-        self.config, self._arch = text_config(config, arch), arch
+        self.config, self.arch = text_config(config, arch), arch
         section = config.get("prunekit") if str(config.get("model_type", "")).startswith(PREFIX) else None
         self.blocks = self._number("blocks")
         self.hidden = self._number("hidden")
@@ -51,12 +55,14 @@ class Shape:
         built = (section or {}).get("built_hidden_size", self.hidden)
         self.head_width = self._number("head_width", built // self.heads)
         self.ffn = self._number("ffn", self._number("ffn_multiple", 4) * self.hidden)
+        vocabulary = self.config.get("vocab_size")
+        self.vocabulary: int = vocabulary if isinstance(vocabulary, int) and _counts(vocabulary) else 0
         self.dense_ffn = self._number("dense_ffn", self.ffn)
         self.experts = self._number("experts") if "experts" in arch.keys else 0
         self.dense = arch.dense_blocks(self.config, self.blocks) if self.experts else frozenset(range(self.blocks))
         try:
             layers = (section or {}).get("per_layer_config") or {}
-            self._layers: dict[int, Mapping[str, Any]] = {int(key): value for key, value in layers.items()}
+            self._layers: dict[int, Mapping[str, Any]] = dict(_of_stack(layers, arch.stack))
             self.skips = {i: set(layer.get("skip", ())) for i, layer in self._layers.items()}
             if not all(_counts(layer.get(key, 1)) for layer in self._layers.values() for key in _COUNTS):
                 raise ValueError
@@ -64,7 +70,7 @@ class Shape:
             raise StructureError("`prunekit.per_layer_config` is damaged", at="config.json") from error
 
     def _number(self, role: str, default: int | None = None) -> int:
-        key = self._arch.key(role, self.config)
+        key = self.arch.key(role, self.config)
         value = self.config.get(key)
         if value is None and default is not None:
             return default
@@ -75,10 +81,12 @@ class Shape:
         return value
 
     def usual(self) -> dict[str, dict[str, int]]:
-        """Widths of `attention`, `ffn` and `dense_ffn` where a block says nothing else, by axis."""
+        """Widths of `attention`, `cross_attention`, `ffn` and `dense_ffn` where a block says nothing else, by axis."""
         experts = {"experts": self.experts} if self.experts else {}
+        attention = {"kv": self.kv_heads, "rep": self.heads // self.kv_heads, "hd": self.head_width}
         return {
-            "attention": {"kv": self.kv_heads, "rep": self.heads // self.kv_heads, "hd": self.head_width},
+            "attention": attention,
+            "cross_attention": attention,
             "ffn": {"ffn": self.ffn, **experts},
             "dense_ffn": {"ffn": self.dense_ffn},
         }
@@ -86,7 +94,7 @@ class Shape:
     def tensors(self, block: int, kind: SublayerKind) -> Mapping[str, Pattern]:
         """Tensors that a sub-layer of a block has, by the name after the block's number."""
         sparse = kind != "ffn" or not self.experts or block not in self.dense
-        return self._arch.sublayers[kind if sparse else "dense_ffn"]
+        return self.arch.sublayers[kind if sparse else "dense_ffn"]
 
     def present(self, block: int, kind: SublayerKind) -> bool:
         """Whether a block has a sub-layer."""
@@ -104,6 +112,9 @@ class Shape:
             return {"ffn": ffn, "experts": experts}
         if kind == "ffn":
             return {"ffn": layer.get("intermediate_size", self.dense_ffn)}
+        if kind == "cross_attention":
+            heads = layer.get("cross_attention_heads", self.heads)
+            return {"kv": heads, "rep": 1, "hd": self.head_width}
         heads, groups = layer.get("num_attention_heads", self.heads), layer.get("num_key_value_heads", self.kv_heads)
         if heads % groups:
             why = f"{heads} query heads in {groups} KV groups"
@@ -113,6 +124,14 @@ class Shape:
             why = f"`kept_heads` are {numbers}, of {self.kv_heads} heads {groups} stay"
             raise StructureError(f"the heads of block {block} are not known", why=why, at="config.json")
         return {"kv": groups, "rep": heads // groups, "hd": self.head_width}
+
+
+def _of_stack(layers: Mapping[str, Any], stack: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Entries of a stack's blocks by number; keys read `decoder.03`, or `03` where there is one stack."""
+    for key, layer in layers.items():
+        name, _, number = str(key).rpartition(".")
+        if name == stack:
+            yield int(number), layer
 
 
 def _counts(value: Any) -> bool:

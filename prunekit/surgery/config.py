@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import SurgeryError
 from prunekit.plan.cost import kept_hidden, kept_widths
 from prunekit.plan.layer_fields import follow, refusal
 from prunekit.plan.layout import Layout
 from prunekit.plan.plan import Plan
-from prunekit.structure.shape import SKIPS, SUBLAYER_KINDS
+from prunekit.structure.shape import SKIPS
 from prunekit.structure.view import HIDDEN, ModelView, SubLayer
+
+if TYPE_CHECKING:
+    from prunekit.structure.architecture import Architecture
 
 _CLASS_PREFIX = "Prunekit"
 
@@ -53,10 +56,15 @@ def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
         )
     config = stock_base(view)
     changed, outside = follow(view, sources)
-    changed |= {view.arch.keys["blocks"]: len(sources)}
     changed |= _hidden(view, plan)
-    changed |= _heads(view, _alike([view.blocks[a].attention for a, _ in sources], plan))
-    changed |= _ffn(view, [view.blocks[f].ffn for _, f in sources], plan)
+    for stack in view.arch.each:
+        mine = [pair for pair in sources if view.stack_of(pair[0]) is stack]
+        changed |= _depth(view, stack, len(mine))
+        left = [
+            getattr(view.blocks[block], kind) for pair in mine for kind, block in zip(stack.kinds, pair, strict=True)
+        ]
+        changed |= _heads(view, stack, _alike([s for s in left if s.role == "attention"], plan))
+        changed |= _ffn(view, stack, [s for s in left if s.role == "ffn"], plan)
     config |= outside | _moved_pattern(view, sources)
     gone = {key for key, value in changed.items() if value is None}
     before = config[view.section] if view.section else config
@@ -65,8 +73,8 @@ def _stock(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any]:
     return config | {view.section: text} if view.section else text
 
 
-def _sources(layout: Layout) -> list[tuple[int, int]]:
-    whole = [(a, f) for a, f in layout.pairs if a is not None and f is not None]
+def _sources(layout: Layout) -> list[tuple[int, ...]]:
+    whole = [tuple(block for block in pair if block is not None) for pair in layout.pairs if None not in pair]
     if len(whole) != len(layout.pairs) or not whole:
         raise SurgeryError(f"a {layout.kind} model needs blocks with an attention and an FFN each")
     return whole
@@ -97,21 +105,28 @@ def _other_sections(view: ModelView) -> dict[str, Any]:
     }
 
 
-def _moved_pattern(view: ModelView, sources: list[tuple[int, int]]) -> dict[str, Any]:
+def _moved_pattern(view: ModelView, sources: list[tuple[int, ...]]) -> dict[str, Any]:
     """The `prunekit` section, where it has a run-time pattern for some blocks."""
     section = view.config.get("prunekit") or {}
     pattern = (section.get("runtime") or {}).get("attention") or {}
     if pattern.get("layers") is None:
         return {}
-    moved = [new for new, (a, _) in enumerate(sources) if a in pattern["layers"]]
+    moved = [new for new, pair in enumerate(sources) if pair[0] in pattern["layers"]]
     runtime = section["runtime"] | {"attention": pattern | {"layers": moved}}
     others = _other_sections(view) if view.heterogeneous else section
     return {"prunekit": others | {"runtime": runtime}}
 
 
-def _alike(sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, int]:
+def _depth(view: ModelView, stack: Architecture, blocks: int) -> dict[str, int]:
+    """How many blocks a stack has left, under every name that the configuration has for it."""
+    keys, text = stack.keys, view.text
+    again = keys.get("blocks_too", "")
+    return {keys["blocks"].split()[0]: blocks, **({again: blocks} if again in text else {})}
+
+
+def _alike(sublayers: Iterable[SubLayer], plan: Plan) -> dict[str, int]:
     """Widths that all of them have left."""
-    found = [kept_widths(sublayer, plan) for sublayer in sublayers if sublayer is not None]
+    found = [kept_widths(sublayer, plan) for sublayer in sublayers]
     different = next((widths for widths in found if widths != found[0]), None)
     if different is not None:
         raise SurgeryError("a stock model needs blocks of one width", why=f"there are {found[0]} and {different}")
@@ -131,8 +146,8 @@ def _hidden(view: ModelView, plan: Plan) -> dict[str, Any]:
     return changed
 
 
-def _heads(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
-    keys, config = view.arch.keys, view.text
+def _heads(view: ModelView, stack: Architecture, left: Mapping[str, int]) -> dict[str, Any]:
+    keys, config = stack.keys, view.text
     heads = left["kv"] * left["rep"]
     old = config[keys["heads"]]
     if (heads, left["kv"]) == (old, config.get(keys.get("kv_heads", "")) or old):
@@ -145,17 +160,16 @@ def _heads(view: ModelView, left: Mapping[str, int]) -> dict[str, Any]:
     return {keys["heads"]: heads, keys["kv_heads"]: left["kv"], keys["head_width"]: left["hd"]}
 
 
-def _ffn(view: ModelView, sublayers: Iterable[SubLayer | None], plan: Plan) -> dict[str, Any]:
+def _ffn(view: ModelView, stack: Architecture, found: list[SubLayer], plan: Plan) -> dict[str, Any]:
     """Neurons and experts, where they are not the configuration's own."""
-    found = [sublayer for sublayer in sublayers if sublayer is not None]
     changed = {}
     for axes in dict.fromkeys(tuple(sublayer.widths) for sublayer in found):
         alike = [sublayer for sublayer in found if tuple(sublayer.widths) == axes]
         usual = view.usual(alike[0])
-        dense = usual is view.widths["dense_ffn"] and "dense_ffn" in view.arch.keys
+        dense = usual is view.widths.get("dense_ffn") and "dense_ffn" in stack.keys
         for axis, size in _alike(alike, plan).items():
             if size != usual[axis]:
-                changed[view.arch.key("dense_ffn" if dense else axis, view.text)] = size
+                changed[stack.key("dense_ffn" if dense else axis, view.text)] = size
     return changed
 
 
@@ -187,16 +201,18 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
         raise SurgeryError("blocks of a heterogeneous model keep their numbers")
     layers: dict[str, dict[str, Any]] = {}
     digits = max(2, len(str(len(layout.pairs) - 1)))
-    for block, (attention, ffn) in enumerate(layout.pairs):
-        gone = [SKIPS[kind] for kind, source in zip(SUBLAYER_KINDS, (attention, ffn), strict=True) if source is None]
+    for block, pair in zip(view.blocks, layout.pairs, strict=True):
+        stack = view.stack_of(block.index)
+        gone = [SKIPS[kind] for kind, source in zip(stack.kinds, pair, strict=True) if source is None]
         layer: dict[str, Any] = {"skip": gone} if gone else {}
-        if attention is not None:
-            layer |= _other_heads(view, view.blocks[block].attention, plan)
-            layer |= _numbered_heads(view, view.blocks[block].attention, plan)
-        if ffn is not None:
-            layer |= _other_ffn(view, view.blocks[block].ffn, plan)
+        for kind, source in zip(stack.kinds, pair, strict=True):
+            sublayer = getattr(block, kind)
+            if source is None or sublayer is None:
+                continue
+            layer |= _own_widths(view, stack, sublayer, plan)
         if layer:
-            layers[f"{block:0{digits}d}"] = layer
+            number = f"{block.index if block.number is None else block.number:0{digits}d}"
+            layers[f"{stack.stack}.{number}" if stack.stack else number] = layer
     section: dict[str, Any] = {"schema": 1, "base_model_type": view.model_type, "per_layer_config": layers}
     if HIDDEN in plan.keep and "head_width" not in view.arch.keys:
         # Its class divides this by the number of heads.
@@ -206,29 +222,35 @@ def _heterogeneous(view: ModelView, plan: Plan, layout: Layout) -> dict[str, Any
     return {**view.config, **_hidden(view, plan), **fields, "prunekit": {**_other_sections(view), **section}}
 
 
-def _other_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dict[str, int]:
+def _own_widths(view: ModelView, stack: Architecture, sublayer: SubLayer, plan: Plan) -> dict[str, Any]:
+    """What a heterogeneous configuration says of a sub-layer's widths."""
+    if sublayer.kind == "ffn":
+        return _other_ffn(view, sublayer, plan)
+    if sublayer.kind == "cross_attention":
+        left = kept_widths(sublayer, plan)["kv"]
+        return {"cross_attention_heads": left} if left != view.usual(sublayer)["kv"] else {}
+    return _other_heads(view, stack, sublayer, plan) | _numbered_heads(view, sublayer, plan)
+
+
+def _other_heads(view: ModelView, stack: Architecture, attention: SubLayer, plan: Plan) -> dict[str, int]:
     """Heads of a block that are not the configuration's own."""
-    if attention is None:
-        return {}
-    keys, left = view.arch.keys, kept_widths(attention, plan)
+    keys, left = stack.keys, kept_widths(attention, plan)
     heads = view.text[keys["heads"]]
     own = {"num_key_value_heads": left["kv"], "num_attention_heads": left["kv"] * left["rep"]}
     usual = {"num_key_value_heads": view.text.get(keys.get("kv_heads", "")) or heads, "num_attention_heads": heads}
     return {key: value for key, value in own.items() if value != usual[key]}
 
 
-def _numbered_heads(view: ModelView, attention: SubLayer | None, plan: Plan) -> dict[str, list[int]]:
+def _numbered_heads(view: ModelView, attention: SubLayer, plan: Plan) -> dict[str, list[int]]:
     """Which heads of the dense model a block has left, where blocks share a tensor with an entry for each."""
-    if attention is None or not view.arch.shared_heads:
+    if not view.arch.shared_heads:
         return {}
     there = view.heads_of(attention.block)
     kept = [there[i] for i in plan.keep.get(f"{attention.address}.kv_groups", range(len(there)))]
-    return {"kept_heads": kept} if len(kept) < view.widths["attention"]["kv"] else {}
+    return {"kept_heads": kept} if len(kept) < view.usual(attention)["kv"] else {}
 
 
-def _other_ffn(view: ModelView, ffn: SubLayer | None, plan: Plan) -> dict[str, int]:
+def _other_ffn(view: ModelView, ffn: SubLayer, plan: Plan) -> dict[str, int]:
     """Neurons and experts of a block that are not the configuration's own."""
-    if ffn is None:
-        return {}
     names, usual = {"ffn": "intermediate_size", "experts": "num_local_experts"}, view.usual(ffn)
     return {names[axis]: size for axis, size in kept_widths(ffn, plan).items() if size != usual[axis]}

@@ -15,9 +15,10 @@ from prunekit.core.errors import SurgeryError
 from prunekit.core.files import write_json
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.plan.cost import kept_experts, kept_hidden
-from prunekit.plan.layout import Layout, choose_layout
+from prunekit.plan.layout import Layout, choose_layout, placed
 from prunekit.plan.plan import VOCAB, Plan
-from prunekit.structure.view import ModelView, SubLayer, TensorRef
+from prunekit.structure.view import ModelView, TensorRef
+from prunekit.surgery.alignment import write_alignment
 from prunekit.surgery.config import cut_config
 from prunekit.surgery.hidden import scale
 from prunekit.surgery.sidecar import model_files, write_model_files, write_pooled_width
@@ -73,6 +74,7 @@ def apply(
         write_pooled_width(folder, view.hidden, kept_hidden(view, plan))
         if VOCAB in plan.keep:
             write_vocabulary(source, folder, plan.keep[VOCAB])
+        write_alignment(folder, view, plan)
         if layout.kind == "heterogeneous":
             shutil.copyfile(Path(prunekit.modeling.__path__[0]) / MODELING_FILE, folder / MODELING_FILE)
     return layout
@@ -80,21 +82,11 @@ def apply(
 
 def _require_complete(view: ModelView, plan: Plan, layout: Layout) -> None:
     """A layout must hold every sub-layer that stays once, in the order it has in the source."""
-    found = [s.address for _, s in _placed(view, layout)]
+    found = [s.address for _, s in placed(view, layout)]
     expected = [s.address for s in view.sublayers if s.address not in plan.drop]
     if found != expected:
         odd = next((a for a in [*found, *expected] if found.count(a) != 1 or expected.count(a) != 1), "their order")
         raise SurgeryError("the layout does not fit the plan", why=f"they differ in {odd}")
-
-
-def _placed(view: ModelView, layout: Layout) -> Iterator[tuple[int, SubLayer]]:
-    """New block number and sub-layer, in execution order."""
-    for new, (attention, ffn) in enumerate(layout.pairs):
-        parts = (
-            None if attention is None else view.blocks[attention].attention,
-            None if ffn is None else view.blocks[ffn].ffn,
-        )
-        yield from ((new, sublayer) for sublayer in parts if sublayer is not None)
 
 
 def _tensors(
@@ -105,7 +97,7 @@ def _tensors(
     narrow = hidden_of(plan)
     for ref in view.outer:
         yield ref, _outer(view, plan, ref, replaced.get(ref.name))
-    for new, sublayer in _placed(view, layout):
+    for new, sublayer in placed(view, layout):
         sizes, keep = view.sizes(sublayer), {**cuts.get(sublayer.address, {}), **narrow}
         experts = kept_experts(sublayer, plan)
         for ref in sublayer.tensors:
@@ -118,7 +110,10 @@ def _tensors(
             elif any(axis in keep for dim in ref.layout for axis in dim):
                 content = partial(_pieces, view, ref, sizes, keep, scale(view, plan, ref, sublayer) if narrow else 1.0)
             expert = None if ref.expert is None else experts[ref.expert]
-            yield ref, OutTensor(view.arch.renumbered(ref.name, new, expert), ref.dtype, shape, content)
+            yield (
+                ref,
+                OutTensor(view.stack_of(sublayer.block).renumbered(ref.name, new, expert), ref.dtype, shape, content),
+            )
 
 
 def _outer(view: ModelView, plan: Plan, ref: TensorRef, replaced: Tensor | None) -> OutTensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from prunekit.cli._families_page import possible_cuts
 from prunekit.core.errors import PlanError
 from prunekit.core.files import atomic_folder
 from prunekit.core.recipe_model import Budget
@@ -21,8 +22,11 @@ from prunekit.plan.allocate import allocate
 from prunekit.plan.budget import Scored
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import WIDTHS, ModelView
+from prunekit.structure.architecture import architectures
+from prunekit.structure.view import HIDDEN, WIDTHS, ModelView
 from prunekit.surgery import engine
+from tests.contracts.test_hidden_cut import LAYER, RMS
+from tests.contracts.test_two_stacks import CUTS as STACK_CUTS
 from tests.tiny import (
     DECODERS,
     EXPERTS,
@@ -30,6 +34,7 @@ from tests.tiny import (
     GROUPED,
     HEAD,
     PARALLEL,
+    TWO_STACKS,
     dinov2_linears,
     tiny_inputs,
     tiny_model,
@@ -49,6 +54,7 @@ ROUTED = 1e-5
 PLACES = {
     **dict.fromkeys(GROUPED, ("model.layers", "self_attn.o_proj", "mlp.down_proj", 1)),
     "llava": ("model.language_model.layers", "self_attn.o_proj", "mlp.down_proj", 1),
+    "qwen2_vl": ("model.language_model.layers", "self_attn.o_proj", "mlp.down_proj", 1),
     "qwen2_5_vl": ("model.language_model.layers", "self_attn.o_proj", "mlp.down_proj", 1),
     "smolvlm": ("model.text_model.layers", "self_attn.o_proj", "mlp.down_proj", 1),
     "gpt_neox": ("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", 1),
@@ -211,6 +217,21 @@ def test_cut_equals_mask(dense: tuple[str, ModelView], kind: str, seed: int, tmp
     if layout.kind != "heterogeneous":
         cut(view, plan, tmp_path / "own class", "heterogeneous")
         require_same(outputs(tmp_path / "own class", family), expected, tolerance)
+
+
+def test_pairs_that_the_families_page_counts_are_those_compared_here() -> None:
+    """Those of hidden channels are in test_hidden_cut.py, those of two stacks in test_two_stacks.py."""
+    only = {"query_heads": GROUPED, "experts": EXPERTS}
+    compared = {
+        (family, kind)
+        for family in FAMILIES
+        for kind in CUTS
+        if kind != "mixture" and family in only.get(kind, FAMILIES) and kind not in architectures()[family].fixed
+    }
+    compared |= {(family, HIDDEN) for family in (*RMS, *LAYER)}
+    # Cross-attentions are sub-layers.
+    compared |= {(family, kind) for family in TWO_STACKS for kind in {*STACK_CUTS} - {"mixture", "cross_attention"}}
+    assert sorted(compared) == sorted(possible_cuts())
 
 
 @pytest.mark.parametrize("family", PRE_NORM)

@@ -127,6 +127,30 @@ def test_run_measures_the_result_by_its_own_tokenizer(
     assert pipeline.reproduce(tmp_path / "out").same
 
 
+@pytest.mark.slow
+def test_pretrained_model_is_trimmed_reloads_and_reads_back_real_text(tmp_path: Path) -> None:
+    source = {
+        "schema": 1,
+        "model": {"source": "smollm2-135m-instruct"},
+        "vocab": {"data": "wikitext2", "coverage": 1.0},
+    }
+    result = pipeline.run(parse_recipe(source), tmp_path / "out")
+    assert result is not None
+    assert result.verified.ok, result.verified.problems
+    assert 0.14 < 1 - result.after["weight_bytes"] / result.before["weight_bytes"] < 0.16
+    folder = resolve("smollm2-135m-instruct").folder
+    dense, cut = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (load_text("wikitext2"), load_text("wikitext2_eval"), UNSEEN):
+        assert cut.decode(cut(text)["input_ids"]) == dense.decode(dense(text)["input_ids"])
+    kept = list(result.made.plan.keep["vocab"])
+    old, new = (tokenizer(load_text("wikitext2"))["input_ids"] for tokenizer in (dense, cut))
+    assert [kept[number] for number in new] == old
+    with torch.no_grad():
+        expected = load_model(folder)(torch.tensor([old[:200]])).logits[..., kept]
+        found = load_model(tmp_path / "out")(torch.tensor([new[:200]])).logits
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
 def test_what_cannot_be_trimmed_is_refused_by_name(model: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="`heal` does not go with `vocab`"):
         recipe(model, {"coverage": 1.0}, heal={"method": "distill"})

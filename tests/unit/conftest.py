@@ -1,4 +1,4 @@
-"""Models for tests of structure and configuration."""
+"""Models for tests of structure and configuration, and the number of damaged checkpoints that were tried."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from prunekit.structure.view import ModelView
+from tests.broken import COUNTS
 from tests.tiny import write_tiny
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many there were; only where one process ran the tests."""
+    if COUNTS["tried"]:
+        tried, refused = COUNTS["tried"], COUNTS["refused"]
+        terminalreporter.write_line(f"damaged checkpoints: {tried:,} tried, {refused:,} refused, the others read")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from prunekit.core.errors import PlanError
 from prunekit.export.decilm import export_decilm
@@ -45,6 +46,23 @@ def test_folder_computes_the_same_without_prunekit(tmp_path: Path) -> None:
     names = {check.name for check in checked.checks}
     assert {"loads by its own modeling file", "cache and no cache agree by its own modeling file"} <= names
     assert "cache holds what attention needs by its own modeling file" in names
+
+
+def test_entries_give_the_shapes_of_the_tensors_as_vllm_reckons_them(tmp_path: Path) -> None:
+    """What `DeciLMDecoderLayer` builds (nemotron_nas.py in vllm@00bd149, read and not run) is what the files hold."""
+    drop = ["blocks.1.attention", "blocks.2.ffn", "blocks.3.attention", "blocks.3.ffn"]
+    folder = cut(tmp_path, drop, {"blocks.1.ffn.neurons": range(256)})
+    export_decilm(folder, tmp_path / "deci")
+    config = json.loads((tmp_path / "deci" / "config.json").read_text())
+    shapes = {name: value.shape for name, value in load_file(tmp_path / "deci" / "model.safetensors").items()}
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    assert len(config["block_configs"]) == config["num_hidden_layers"] == 4
+    for number, block in enumerate(config["block_configs"]):
+        keys, up = (f"model.layers.{number}.{part}.weight" for part in ("self_attn.k_proj", "mlp.up_proj"))
+        kv_heads = None if block["attention"]["no_op"] else heads // block["attention"]["n_heads_in_group"]
+        assert shapes.get(keys) == (None if kv_heads is None else (kv_heads * hidden // heads, hidden))
+        width = None if block["ffn"]["no_op"] else int(2 * block["ffn"]["ffn_mult"] * hidden / 3)
+        assert shapes.get(up) == (None if width is None else (width + -width % 256, hidden))
 
 
 def test_changed_code_is_not_run(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_file_holds_every_value_once(tmp_path: Path) -> None:
     assert value(reader, "qwen3.feed_forward_length") == FFN
     assert value(reader, "tokenizer.chat_template") == "{{ messages }}"
     assert value(reader, "tokenizer.ggml.eos_token_id") == 1
+    assert value(reader, "tokenizer.ggml.pre") == "gpt-2"
 
 
 def test_rotary_pairs_lie_side_by_side(tmp_path: Path) -> None:

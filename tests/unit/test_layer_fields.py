@@ -72,6 +72,11 @@ def test_attention_without_rotary_positions_stays_without(
         ({"sliding_window_pattern": "LG"}, "`sliding_window_pattern`"),
         ({"mlp_only_layers": [1]}, "`mlp_only_layers`"),
         ({"no_rope_layer_interval": 3}, "`no_rope_layer_interval`"),
+        ({"hybrid_override_pattern": "M*M-"}, "`hybrid_override_pattern`"),
+        ({"layers_block_type": ["mamba", "attention"] * 2}, "`layers_block_type`"),
+        ({"attn_layer_period": 2}, "`attn_layer_period`"),
+        ({"first_k_dense_replace": 1}, "`first_k_dense_replace`"),
+        ({"per_layer_config": {"01": {"intermediate_size": 8}}}, "`per_layer_config`"),
         ({"layer_types": [F]}, "has 1 entries for 4 blocks"),
     ],
 )
@@ -112,8 +117,36 @@ def test_modules_that_are_not_quantised_follow_their_blocks(opened: Open, key: s
     assert section[key] == ["lm_head", "model.layers.0.mlp", "re:.*gate.*"]
 
 
+def test_modules_are_followed_wherever_a_quantisation_names_them(opened: Open) -> None:
+    section = {
+        "config_groups": {"group_0": {"targets": ["model.layers.0.mlp", "model.layers.3.mlp", "re:.*self_attn.*"]}},
+        "extra_config": {"model.layers.0.mlp": {"bits": 8}, "model.layers.2.self_attn": {"bits": 8}},
+    }
+    view = opened("llama", {"quantization_config": section})
+    assert cut(view, BLOCK_0)["quantization_config"] == {
+        "config_groups": {"group_0": {"targets": ["model.layers.2.mlp", "re:.*self_attn.*"]}},
+        "extra_config": {"model.layers.1.self_attn": {"bits": 8}},
+    }
+    older = opened("llama", {"compression_config": {"ignore": ["model.layers.3.mlp"]}})
+    assert cut(older, BLOCK_0)["compression_config"] == {"ignore": ["model.layers.2.mlp"]}
+
+
+def test_single_name_of_a_block_is_refused(opened: Open) -> None:
+    with pytest.raises(PlanError) as caught:
+        cut(opened("llama", {"quantization_config": {"first": "model.layers.0.mlp"}}), BLOCK_0)
+    assert "names a block where no list does" in caught.value.why
+
+
 @pytest.mark.parametrize(
-    ("name", "drop"), [("re:.*layers.3.*", BLOCK_0), ("model.layers.1", STAGGERED)], ids=["pattern", "half-a-block"]
+    ("name", "drop"),
+    [
+        ("re:.*layers.3.*", BLOCK_0),
+        ("*layers.3*", BLOCK_0),
+        ("-:model.layers.3.mlp", BLOCK_0),
+        (r"model\.layers\.[0-3]\.mlp", BLOCK_0),
+        ("model.layers.1", STAGGERED),
+    ],
+    ids=["expression", "stars", "gptqmodel", "range", "half-a-block"],
 )
 def test_modules_that_cannot_be_renamed_are_refused(opened: Open, name: str, drop: tuple[str, ...]) -> None:
     view = opened("llama", {"quantization_config": {"ignore": [name]}})
@@ -125,6 +158,21 @@ def test_modules_that_cannot_be_renamed_are_refused(opened: Open, name: str, dro
 def test_whole_blocks_that_are_not_quantised_are_renamed(opened: Open) -> None:
     view = opened("llama", {"quantization_config": {"ignore": ["model.layers.0", "model.layers.3"]}})
     assert cut(view, BLOCK_0)["quantization_config"]["ignore"] == ["model.layers.2"]
+
+
+def test_modules_of_experts_follow_the_ffn(opened: Open) -> None:
+    parts = ("block_sparse_moe.experts.1", "block_sparse_moe.experts.0.w1", "self_attn.q_proj")
+    names = [f"model.layers.{block}.{part}" for block in (1, 2) for part in parts]
+    section = cut(opened("mixtral", {"quantization_config": {"ignore": names}}), STAGGERED)["quantization_config"]
+    assert section["ignore"] == [f"model.layers.1.{parts[2]}", *(f"model.layers.1.{part}" for part in parts[:2])]
+
+
+def test_modules_of_blocks_that_are_not_there_stay(opened: Open) -> None:
+    names = ["model.layers.3.mlp", "model.layers.4", "model.layers.61.mlp"]
+    view = opened("llama", {"quantization_config": {"ignore": names}})
+    for drop in (BLOCK_0, STAGGERED):
+        section = cut(view, drop)["quantization_config"]
+        assert section["ignore"] == ["model.layers.2.mlp", *names[1:]]
 
 
 def test_rotary_positions_of_neox_and_gemma_are_said_for_transformers_4_too(opened: Open, tmp_path: Path) -> None:

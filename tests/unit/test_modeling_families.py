@@ -14,7 +14,7 @@ from prunekit.modeling.families import (
     hetero_families,
     hetero_model_type,
 )
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, TWO_STACKS
 
 
 def test_table_is_that_of_the_modeling_file() -> None:
@@ -43,7 +43,7 @@ def test_classes_agree_with_the_table(family: str) -> None:
 
 
 def test_every_tiny_family_has_classes() -> None:
-    assert set(FAMILIES) == set(hetero_families())
+    assert {*FAMILIES, *TWO_STACKS} == set(hetero_families())
 
 
 def test_fields_of_a_language_model() -> None:

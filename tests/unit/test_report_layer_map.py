@@ -12,19 +12,19 @@ from rich.console import Console
 
 from prunekit.report.layer_map import LayerMap, Row, details, layer_map, summary
 from prunekit.report.layer_map_image import write_layer_map
+from prunekit.structure.architecture import SublayerKind
+from prunekit.structure.view import Block, SubLayer
 
 
 def stand_in_view(n_blocks: int, without: tuple[str, ...] = ()) -> SimpleNamespace:
     """Blocks of 3 KV groups x 3 heads and 1536 neurons; `without` names sub-layers the source lacks."""
 
-    def sublayer(block: int, kind: str) -> SimpleNamespace | None:
+    def sublayer(block: int, kind: SublayerKind) -> SubLayer | None:
         address = f"blocks.{block}.{kind}"
         widths = {"kv": 3, "rep": 3, "hd": 64} if kind == "attention" else {"ffn": 1536}
-        return None if address in without else SimpleNamespace(kind=kind, address=address, widths=widths)
+        return None if address in without else SubLayer(address, kind, block, widths, ())
 
-    blocks = [
-        SimpleNamespace(index=i, attention=sublayer(i, "attention"), ffn=sublayer(i, "ffn")) for i in range(n_blocks)
-    ]
+    blocks = [Block(i, sublayer(i, "attention"), sublayer(i, "ffn")) for i in range(n_blocks)]
     return SimpleNamespace(blocks=tuple(blocks))
 
 
