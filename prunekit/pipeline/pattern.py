@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import UsageError
 from prunekit.core.files import write_json
-from prunekit.pipeline.inputs import reads
+from prunekit.pipeline.inputs import reads, require_one_stack
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe
@@ -24,11 +24,12 @@ def check_pattern(view: ModelView, recipe: Recipe) -> None:
     """Fails before any work where the pattern cannot be the model's.
 
     Raises:
-        UsageError: for a model of several parts, a causal pattern on an encoder or the reverse, layers that it has not,
+        UsageError: for a model of several parts or stacks, a causal pattern on an encoder or the reverse, layers that it has not,
             or a text to measure on that is longer than the pattern is for.
     """
     if recipe.runtime is None:
         return
+    require_one_stack(view, "`runtime`")
     from prunekit.runtime.attention.policy import policy
 
     asked = recipe.runtime.attention

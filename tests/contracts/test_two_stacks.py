@@ -11,9 +11,11 @@ import pytest
 import torch
 import transformers
 
-from prunekit.core.errors import PlanError, StructureError
+from prunekit.core.errors import PlanError, StructureError, UsageError
 from prunekit.core.files import atomic_folder
+from prunekit.core.recipe import parse_recipe
 from prunekit.modeling.load import load_model
+from prunekit.pipeline.pattern import check_pattern
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.view import WIDTHS, ModelView
@@ -327,3 +329,11 @@ def test_kinds_that_are_not_there_are_refused_by_name(dense: tuple[str, ModelVie
         view.groups("hidden")
     with pytest.raises(StructureError, match="`llama` has no cross-attention"):
         ModelView.open(write_tiny("llama", tmp_path / "llama")).groups("cross_attention")
+
+
+def test_a_pattern_for_two_stacks_is_refused(dense: tuple[str, ModelView]) -> None:
+    family, view = dense
+    step = {"remove": "blocks", "by": {"score": "last_k"}, "budget": {"units": 1}}
+    recipe = parse_recipe({"schema": 1, "model": {"source": family}, "runtime": {"pattern": "dense"}, "steps": [step]})
+    with pytest.raises(UsageError, match=f"`runtime` cannot run `{family}`"):
+        check_pattern(view, recipe)
