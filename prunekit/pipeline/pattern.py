@@ -24,8 +24,8 @@ def check_pattern(view: ModelView, recipe: Recipe) -> None:
     """Fails before any work where the pattern cannot be the model's.
 
     Raises:
-        UsageError: for a model of several parts or stacks, a causal pattern on an encoder or the reverse, layers that it has not,
-            or a text to measure on that is longer than the pattern is for.
+        UsageError: for a model of several parts or stacks, a causal pattern on an encoder or the reverse, layers that
+            it has not, or a text to measure on that is longer than the pattern is for.
     """
     if recipe.runtime is None:
         return
