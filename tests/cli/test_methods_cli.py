@@ -44,7 +44,7 @@ def test_explain_shows_the_whole_card(role: str, name: str, capsys) -> None:
     uses = {role: f"{section}: {{method: {name}" for role, section in sections.items()}
     uses["metric"] = f"--metric {name}"
     uses["attention"] = f"attention: {{method: {name}"
-    assert uses.get(role, f"by: {{{role}: {name}") in text
+    assert uses.get(role, f"by: {{{role}: {name}") in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("role", "name"), method_names(), ids=[name for _, name in method_names()])
