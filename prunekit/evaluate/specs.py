@@ -11,7 +11,7 @@ from typing import Any
 from prunekit.core.errors import UsageError
 from prunekit.core.registry import TASKS
 from prunekit.core.task_options import label_of, make_task, option_values, parts, subject_option, task_problems
-from prunekit.evaluate.subject import Kind
+from prunekit.evaluate.subject import KINDS, Kind
 from prunekit.evaluate.task import Task
 
 _QUICK_TEXT = (
@@ -131,12 +131,14 @@ def suite(name: str, kind: Kind, positions: int | None, limit: int | None = None
         positions: longest text it reads; windows become as short, and longer pass keys are left out.
         limit: most examples of each task.
     Raises:
-        UsageError: for another name.
+        UsageError: for another name, or a kind of model that no task reads.
     """
     if name not in SUITES:
         near = get_close_matches(name, SUITES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(SUITES)}"
         raise UsageError(f"no suite `{name}`", hint=hint)
+    if kind not in SUITES[name]:
+        raise UsageError(f"the suite `{name}` has no task for {KINDS[kind]}")
     fitted = [_fitted(parse_task(text, limit), positions) for text in SUITES[name][kind]]
     return [made for made in fitted if made is not None]
 

@@ -37,6 +37,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             index=i,
             attention=sublayer(i, "attention", {"kv": 1, "rep": 2, "hd": 4}),
             ffn=sublayer(i, "ffn", {"ffn": 8}),
+            cross_attention=None,
+            stack="",
+            number=None,
         )
         for i in range(2)
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from prunekit.core.errors import UsageError
 from prunekit.core.registry import TASKS
 from prunekit.evaluate.probe import linear_probe, nearest_neighbours
 from prunekit.evaluate.specs import SUITES, parse_task, suite
@@ -29,12 +30,17 @@ def test_task_says_what_it_is_for(name: str) -> None:
     assert not {"task", "name"} & set(cls.__pydantic_fields__)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["text", "sentences", "images"])
 @pytest.mark.parametrize("name", SUITES)
 def test_suites_hold_tasks_of_their_kind_under_different_names(name: str, kind: str) -> None:
     tasks = suite(name, kind, None)  # type: ignore[arg-type]
     assert all(kind in made.task.reads for made in tasks)
     assert len({made.label for made in tasks}) == len(tasks)
+
+
+def test_no_suite_is_for_models_with_an_encoder_and_a_decoder() -> None:
+    with pytest.raises(UsageError, match="the suite `quick` has no task for a model with an encoder and a decoder"):
+        suite("quick", "seq2seq", None)
 
 
 def test_suite_fits_short_models() -> None:
