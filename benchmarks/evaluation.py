@@ -236,7 +236,8 @@ def prediction(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from prunekit.pipeline.costs import Pass, cached_costs, onnx_device, pass_times
     from prunekit.plan.layout import choose_layout
     from prunekit.plan.plan import Plan
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
     from prunekit.surgery import engine
 
     shortened = tempfile.TemporaryDirectory()

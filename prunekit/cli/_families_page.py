@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prunekit.modeling.families import hetero_families
 from prunekit.structure.architecture import Architecture, architectures
-from prunekit.structure.view import HIDDEN, WIDTHS
+from prunekit.structure.parts import HIDDEN, WIDTHS
 
 _TEXT = """\
 For those who wonder whether their model can be cut. A model's `model_type` in `config.json` decides; `prunekit inspect`

@@ -15,7 +15,8 @@ from prunekit.core.files import atomic_folder
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.plan.gguf_rules import GgufLayout, gguf_layout, rope_of
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import ModelView, SubLayer
+from prunekit.structure.parts import SubLayer
+from prunekit.structure.view import ModelView
 
 if TYPE_CHECKING:
     import gguf

@@ -23,7 +23,8 @@ from prunekit.core.files import atomic_folder, write_json, write_text
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.plan.layout import Layout, choose_layout, placed
 from prunekit.plan.plan import VOCAB, Plan
-from prunekit.structure.view import HIDDEN, ModelView, TensorRef
+from prunekit.structure.parts import HIDDEN, TensorRef
+from prunekit.structure.view import ModelView
 from prunekit.surgery.sidecar import model_files, write_model_files
 from prunekit.surgery.slices import Keep, cuts_of, spread
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from prunekit.plan.cost import sublayer_cost
-from prunekit.structure.view import HIDDEN
+from prunekit.structure.parts import HIDDEN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prunekit.gates._places import Place
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
 
 # The axes of each kind whose size may change; the third of every sub-layer is the hidden width.
 _AXES = {"attention": ("kv", "rep"), "ffn": ("ffn",)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunekit.checkpoint.reader import torch_dtypes
 from prunekit.gates._places import channel_units
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import HIDDEN
+from prunekit.structure.parts import HIDDEN
 from prunekit.surgery.hidden import scale, writes
 from prunekit.surgery.slices import cuts_of, hidden_of, take
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from prunekit.checkpoint.reader import Checkpoint
     from prunekit.gates._learn import Task
     from prunekit.gates._places import Place
-    from prunekit.structure.view import ModelView, SubLayer, TensorRef
+    from prunekit.structure.parts import SubLayer, TensorRef
+    from prunekit.structure.view import ModelView
 
 
 def plan_of(task: Task, keep: Tensor) -> Plan:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from prunekit.core.errors import StructureError
 from prunekit.modeling.modeling_prunekit import blocks_of, output_projection
-from prunekit.structure.view import HIDDEN
+from prunekit.structure.parts import HIDDEN
 
 if TYPE_CHECKING:
-    from prunekit.structure.view import ModelView, TensorRef
+    from prunekit.structure.parts import TensorRef
+    from prunekit.structure.view import ModelView
 
 WHOLE = ("sublayers", "attention", "ffn")
 # Pre-norm architectures whose sub-layers add the output of their last matrix, no norm or scale between.

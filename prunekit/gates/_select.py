@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunekit.core.errors import PlanError
 from prunekit.plan.budget import protected
-from prunekit.structure.view import HIDDEN
+from prunekit.structure.parts import HIDDEN
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_learn import LearnBudget

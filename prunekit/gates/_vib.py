@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.gates._places import Place, attach
-from prunekit.structure.view import HIDDEN
+from prunekit.structure.parts import HIDDEN
 
 if TYPE_CHECKING:
     from prunekit.gates._costs import Costs

@@ -19,12 +19,13 @@ from prunekit.pipeline.inputs import dtype_of
 from prunekit.plan.costs import AXES, VERSION, CostTable, model_of, read_costs
 from prunekit.plan.layout import choose_layout
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import WIDTHS
+from prunekit.structure.parts import WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe
     from prunekit.plan.costs import Runtime
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
 
 Talk = Callable[[str], None]
 # Weights of the blocks that are run, so that they come from memory as a whole model's do.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prunekit.core.errors import UsageError
 from prunekit.core.recipe_model import DEVICES, REGISTRIES
 from prunekit.modeling.load import load_tokenizer
-from prunekit.structure.view import HIDDEN
+from prunekit.structure.parts import HIDDEN
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from prunekit.plan.cost import kept_experts, kept_hidden, kept_widths
 from prunekit.structure.architecture import dim_size
-from prunekit.structure.view import HIDDEN, ModelView, SubLayer
+from prunekit.structure.parts import HIDDEN, SubLayer
+from prunekit.structure.view import ModelView
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan

@@ -11,7 +11,7 @@ from prunekit.plan.budget import Scored, Target, best_units, protected
 from prunekit.plan.fit_latency import fit
 from prunekit.plan.plan import Plan
 from prunekit.search._candidates import candidates
-from prunekit.structure.view import HIDDEN, WIDTHS
+from prunekit.structure.parts import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Budget

@@ -16,7 +16,8 @@ from prunekit.structure.architecture import SUBLAYER_KINDS
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Budget
     from prunekit.plan.costs import CostTable
-    from prunekit.structure.view import Group, ModelView
+    from prunekit.structure.parts import Group
+    from prunekit.structure.view import ModelView
 
 # Six FFNs of SmolLM2 are 14.998 % of its block parameters: nobody who asks for 15 % wants a seventh to go.
 _SLACK = 0.005

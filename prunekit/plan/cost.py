@@ -11,11 +11,12 @@ from prunekit.checkpoint.reader import ITEM_BYTES
 from prunekit.core.errors import PlanError
 from prunekit.plan.plan import VOCAB
 from prunekit.structure.architecture import dim_size
-from prunekit.structure.view import HIDDEN, WIDTHS
+from prunekit.structure.parts import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
-    from prunekit.structure.view import ModelView, SubLayer, TensorRef
+    from prunekit.structure.parts import SubLayer, TensorRef
+    from prunekit.structure.view import ModelView
 
 CostKind = Literal["params", "flops", "kv_bytes"]
 

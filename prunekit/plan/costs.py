@@ -14,7 +14,8 @@ from prunekit.plan.cost import kept_widths
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
 
 VERSION = 1
 Runtime = Literal["torch", "onnxruntime"]

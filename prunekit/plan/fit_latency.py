@@ -10,7 +10,7 @@ from prunekit.core.types import OrderStep
 from prunekit.plan.budget import Target, best_units, protected
 from prunekit.plan.knapsack import least_loss
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import WIDTHS
+from prunekit.structure.parts import WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Budget

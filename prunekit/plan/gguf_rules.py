@@ -15,7 +15,8 @@ from prunekit.plan.layout import Pair
 from prunekit.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
 
 RUN_WITH = "run with llama-cpp-python 0.3.36"
 HINT = "leave `gguf` out, or cut so that the rule is kept"

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from prunekit.core.errors import PlanError
 from prunekit.plan.cost import kept_widths
 from prunekit.plan.plan import Plan
+from prunekit.structure.parts import HIDDEN
 from prunekit.structure.shape import SKIPS
-from prunekit.structure.view import HIDDEN
 
 if TYPE_CHECKING:
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
 
 POSITIONS = "prunekit_keep"
 # All three implementations round an FFN's width up to a multiple of this.

@@ -10,12 +10,13 @@ from prunekit.core.errors import PlanError
 from prunekit.modeling.families import hetero_families
 from prunekit.plan.cost import kept_hidden, kept_widths
 from prunekit.plan.layer_fields import cache_refusal, refusal, ties
-from prunekit.structure.view import HIDDEN, WIDTHS
+from prunekit.structure.parts import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
     from prunekit.structure.architecture import Architecture
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
 
 Kind = Literal["stock", "repacked", "heterogeneous"]
 Pair = tuple[int | None, ...]

@@ -15,10 +15,11 @@ from prunekit.plan.gguf_rules import GRAPHS, RUN_WITH, gguf_layout
 from prunekit.plan.layer_formats import DECILM_FAMILIES, block_configs, decilm_notes
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import HIDDEN
+from prunekit.structure.parts import HIDDEN
 
 if TYPE_CHECKING:
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
 
 _CLASS_PREFIX = "Prunekit"
 # Runtimes with model code of their own, as `runtimes.yaml` describes them.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prunekit.core.errors import PlanError
-from prunekit.structure.view import HIDDEN, PACKED_HINT, WIDTHS
+from prunekit.structure.parts import HIDDEN, WIDTHS
+from prunekit.structure.view import PACKED_HINT
 
 if TYPE_CHECKING:
     from prunekit.structure.view import ModelView

@@ -16,7 +16,7 @@ from prunekit.plan.layout import choose_layout
 from prunekit.plan.loads import Place, places, runtimes
 from prunekit.plan.plan import Plan
 from prunekit.search._candidates import take_turns
-from prunekit.structure.view import HIDDEN, WIDTHS
+from prunekit.structure.parts import HIDDEN, WIDTHS
 
 if TYPE_CHECKING:
     from prunekit.core.recipe_model import Recipe, Step

@@ -13,7 +13,8 @@ from prunekit.report.ranges import fold, numbers
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
-    from prunekit.structure.view import ModelView, SubLayer
+    from prunekit.structure.parts import SubLayer
+    from prunekit.structure.view import ModelView
 
 State = Literal["kept", "narrowed", "removed", "absent"]
 KINDS: tuple[str, ...] = ("attention", "cross_attention", "ffn")

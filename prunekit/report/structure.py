@@ -12,7 +12,8 @@ from prunekit.plan.cost import Cost, cost, unit_cost
 from prunekit.report.ranges import fold, numbers
 
 if TYPE_CHECKING:
-    from prunekit.structure.view import Block, ModelView
+    from prunekit.structure.parts import Block
+    from prunekit.structure.view import ModelView
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from prunekit.checkpoint.reader import Checkpoint
     from prunekit.structure.architecture import Layout
-    from prunekit.structure.view import TensorRef
+    from prunekit.structure.parts import TensorRef
 
 # Reads a tensor by its name. What also has `rows(name, first, end)` is read in pieces.
 Weights = Callable[[str], "Tensor"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunekit.scores._weights import Weights
-    from prunekit.structure.view import Group
+    from prunekit.structure.parts import Group
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -4,153 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import PlanError, StructureError
+from prunekit.structure._tensors import blocks_in, outer_tensor
 from prunekit.structure.architecture import (
     PREFIX,
     Architecture,
     HiddenRule,
-    Layout,
     Norm,
-    SublayerKind,
     architecture,
-    dim_size,
 )
-from prunekit.structure.packed import Packed, Piece, literal, packed_pieces, quant_method
+from prunekit.structure.packed import Piece, packed_pieces, quant_method
+from prunekit.structure.parts import FUSED, HIDDEN, WIDTHS, Block, Group, SubLayer, TensorRef, address_of
 from prunekit.structure.shape import Shape, text_config
 
-Role = Literal["attention", "ffn"]
-# Width kinds: the role of the sub-layers they narrow, and the axis that is cut.
-WIDTHS: dict[str, tuple[Role, str]] = {
-    "query_heads": ("attention", "rep"),
-    "kv_groups": ("attention", "kv"),
-    "neurons": ("ffn", "ffn"),
-    "experts": ("ffn", "experts"),
-}
-# The kind that is one width of the whole model: channels of the residual stream.
-HIDDEN = "hidden"
 # Parts of heads that architecture files do not name one by one.
 _HEADS = re.compile(r".*(?:predictions|decoder|lm_head|vocab_projector)\.(?:weight|bias)")
-_PARTS = {"part": 3, "half": 2}
 PACKED_HINT = "remove blocks or sub-layers, or cut the model before it is quantised"
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A tensor on disk.
-
-    Args:
-        name: in the checkpoint.
-        dtype: code of the safetensors format.
-        shape: its dimensions.
-        layout: for each dimension the axes it factors into, outermost first: a query projection has
-            `(("kv", "rep", "hd"), ("hidden",))`.
-        expert: number of the expert that it belongs to, None for none.
-        packed: the quantised matrix that it belongs to, None for none; its dimensions are then plain lengths.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    layout: Layout
-    expert: int | None = None
-    packed: Packed | None = None
-
-    @property
-    def matrix(self) -> str:
-        """Its name in a checkpoint that is not quantised."""
-        return self.name if self.packed is None else self.packed.matrix
-
-
-@dataclass(frozen=True)
-class SubLayer:
-    """An attention or the FFN of a block, with its norm.
-
-    Args:
-        address: `blocks.3.attention`, or `decoder.blocks.3.attention` in a model with several stacks.
-        kind: `attention`, `cross_attention` or `ffn`.
-        block: place of its block in the model's `blocks`.
-        widths: attention: `kv` (KV groups), `rep` (query heads in each), `hd` (numbers a head); FFN: `ffn` (neurons,
-            those of each expert where it has experts) and, with experts, `experts`.
-        tensors: all of them.
-    """
-
-    address: str
-    kind: SublayerKind
-    block: int
-    widths: dict[str, int]
-    tensors: tuple[TensorRef, ...]
-
-    @property
-    def role(self) -> Role:
-        """Which widths it has: those of an attention or those of an FFN."""
-        return "ffn" if self.kind == "ffn" else "attention"
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block; None stands for a sub-layer that was removed earlier, or that no block of its stack has.
-
-    Args:
-        index: its place in the model's `blocks`.
-        attention: over the stream itself.
-        ffn: the FFN.
-        cross_attention: over what an encoder gives.
-        stack: name of its stack, "" in a model with one.
-        number: within its stack, as in the names of its tensors; None where that is its index.
-    """
-
-    index: int
-    attention: SubLayer | None
-    ffn: SubLayer | None
-    cross_attention: SubLayer | None = None
-    stack: str = ""
-    number: int | None = None
-
-    @property
-    def address(self) -> str:
-        """`blocks.3`, or `decoder.blocks.3`."""
-        return _address(self.stack, self.index if self.number is None else self.number)
-
-    @property
-    def name(self) -> str:
-        """What tables call it: `3`, or `decoder 3`."""
-        return f"{self.stack} {self.number}" if self.stack else str(self.index)
-
-    @property
-    def sublayers(self) -> tuple[SubLayer, ...]:
-        """The sub-layers it has, in execution order."""
-        parts = (self.attention, self.cross_attention, self.ffn)
-        return tuple(sublayer for sublayer in parts if sublayer is not None)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units of one kind in one place, which compete with each other.
-
-    Args:
-        kind: `blocks`, `sublayers`, `attention`, `cross_attention`, `ffn`, `query_heads`, `kv_groups`, `neurons`,
-            `experts` or `hidden`.
-        address: the kind, or for widths the sub-layer and the kind: `blocks.3.ffn.neurons`.
-        units: addresses of the units.
-        members: tensors of each unit; for widths one entry, the tensors that all units share.
-        axis: for widths the axis that a unit is one position of, else "".
-        sizes: for widths the size of every axis in the members' layouts.
-        output: for widths the matrix by which the units lead back to the residual stream.
-    """
-
-    kind: str
-    address: str
-    units: tuple[str, ...]
-    members: tuple[tuple[TensorRef, ...], ...]
-    axis: str = ""
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    output: TensorRef | None = None
 
 
 @dataclass(frozen=True)
@@ -200,12 +75,12 @@ class ModelView:
             matrix = piece.matrix if piece else name
             part = next((i for i, part in enumerate(arch.each) if part.split(matrix) is not None), None)
             if part is None:
-                outer.append(_outer(checkpoint, arch, shapes[0], name, piece))
+                outer.append(outer_tensor(checkpoint, arch, shapes[0], name, piece))
             else:
                 held[part][name] = piece
         blocks: list[Block] = []
         for shape, names in zip(shapes, held, strict=True):
-            blocks += _blocks(checkpoint, shape, names, len(blocks))
+            blocks += blocks_in(checkpoint, shape, names, len(blocks))
         usual = {
             f"{shape.arch.stack}.{kind}" if arch.stacks else kind: widths
             for shape in shapes
@@ -250,7 +125,7 @@ class ModelView:
         layers = (self.config.get("prunekit") or {}).get("per_layer_config") or {}
         address = self.blocks[block].address
         named = {
-            _address(stack, int(number)): layer
+            address_of(stack, int(number)): layer
             for key, layer in layers.items()
             for stack, _, number in [str(key).rpartition(".")]
         }
@@ -381,7 +256,7 @@ class ModelView:
 
     def sizes(self, sublayer: SubLayer) -> dict[str, int]:
         """Size of every axis in the layouts of a sub-layer's tensors."""
-        return {"hidden": self.hidden, **_PARTS, **sublayer.widths}
+        return {"hidden": self.hidden, **FUSED, **sublayer.widths}
 
     def groups(self, kind: str) -> tuple[Group, ...]:
         """Groups of a kind: one for whole units, one a sub-layer for widths.
@@ -473,107 +348,3 @@ class ModelView:
         stack = self.stack_of(sublayer.block)
         wanted = stack.output_projection(self._variant(sublayer))
         return next(ref for ref in sublayer.tensors if (place := stack.split(ref.matrix)) and place[1] == wanted)
-
-
-def _address(stack: str, number: int) -> str:
-    return f"{stack}.blocks.{number}" if stack else f"blocks.{number}"
-
-
-def _blocks(checkpoint: Checkpoint, shape: Shape, names: Mapping[str, Piece | None], first: int) -> Iterator[Block]:
-    """Blocks of a stack.
-
-    Args:
-        checkpoint: the files.
-        shape: what the configuration says of the stack.
-        names: of all tensors in its blocks, with what quantised matrix each is a piece of.
-        first: place of its first block in the model's `blocks`.
-    """
-    arch = shape.arch
-    owned: dict[tuple[int, str], list[TensorRef]] = {}
-    for name, piece in names.items():
-        number, rest = arch.split(piece.matrix if piece else name) or (0, "")
-        kind, ref = _inner(checkpoint, shape, name, number, rest, piece)
-        owned.setdefault((number, kind), []).append(ref)
-    for number in range(shape.blocks):
-        found: dict[str, Any] = {
-            kind: _sublayer(shape, number, kind, owned.get((number, kind), []), first) for kind in arch.kinds
-        }
-        yield Block(first + number, **found, stack=arch.stack, number=number if arch.stack else None)
-
-
-def _outer(checkpoint: Checkpoint, arch: Architecture, shape: Shape, name: str, piece: Piece | None) -> TensorRef:
-    pattern, info = arch.find_outer(piece.matrix if piece else name), checkpoint.tensors[name]
-    if pattern is None:
-        raise StructureError(
-            f"tensor `{name}` is not part of `{arch.name}` as prunekit knows it",
-            why="cutting around a tensor nobody understands could break the model",
-            at=info.file,
-        )
-    if piece:
-        packed = Packed.of(piece, pattern.layout or (), {"hidden": shape.hidden, "vocab": shape.vocabulary})
-        return TensorRef(name, info.dtype, info.shape, literal(info.shape), packed=packed)
-    layout = pattern.layout or tuple((f"d{i}",) for i in range(len(info.shape)))
-    if layout and layout[-1] == ("...",):
-        layout = (*layout[:-1], *((f"rest{i}",) for i in range(len(layout), len(info.shape) + 1)))
-    if pattern.layout is not None:
-        if "embedding" in arch.keys and arch.keys["embedding"] not in shape.config:
-            layout = tuple(("hidden",) if dim == ("embedding",) else dim for dim in layout)
-        fixed = {"hidden": shape.hidden}
-        wrong = len(layout) != len(info.shape) or any(
-            dim[0] in fixed and size != fixed[dim[0]] for dim, size in zip(layout, info.shape, strict=True)
-        )
-        if wrong:
-            raise _wrong_shape(name, info.shape, " x ".join(str(fixed.get(dim[0], dim[0])) for dim in layout))
-    return TensorRef(name, info.dtype, info.shape, layout)
-
-
-def _inner(
-    checkpoint: Checkpoint, shape: Shape, name: str, block: int, rest: str, piece: Piece | None
-) -> tuple[SublayerKind, TensorRef]:
-    info, arch = checkpoint.tensors[name], shape.arch
-    general, expert = arch.expert_of(rest)
-    kind = next((kind for kind in arch.kinds if general in shape.tensors(block, kind)), None)
-    if kind is None or block >= shape.blocks or not shape.present(block, kind):
-        why = (
-            f"`{arch.name}` blocks have no such tensor"
-            if kind is None
-            else f"the configuration has blocks 0 to {shape.blocks - 1}"
-            if block >= shape.blocks
-            else f"the configuration says that block {block} has no {kind}"
-        )
-        raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
-    layout = shape.tensors(block, kind)[general].layout or ()
-    sizes = {"hidden": shape.hidden, **_PARTS, **shape.widths(block, kind)}
-    if expert is not None and expert >= sizes["experts"]:
-        why = f"the configuration gives block {block} {sizes['experts']} experts"
-        raise StructureError(f"unexpected tensor `{name}`", why=why, at=info.file)
-    if piece:
-        packed = Packed.of(piece, layout, sizes)
-        return kind, TensorRef(name, info.dtype, info.shape, literal(info.shape), expert, packed)
-    expected = tuple(dim_size(dim, sizes) for dim in layout)
-    if expected != info.shape:
-        raise _wrong_shape(name, info.shape, " x ".join(map(str, expected)))
-    return kind, TensorRef(name, info.dtype, info.shape, layout, expert)
-
-
-def _wrong_shape(name: str, shape: tuple[int, ...], expected: str) -> StructureError:
-    found = " x ".join(map(str, shape)) or "a scalar"
-    return StructureError(f"tensor `{name}` has the wrong shape", why=f"it is {found}; config.json makes it {expected}")
-
-
-def _sublayer(shape: Shape, block: int, kind: SublayerKind, tensors: list[TensorRef], first: int) -> SubLayer | None:
-    arch = shape.arch
-    if not shape.present(block, kind):
-        return None
-    held = {place[1] for ref in tensors if (place := arch.split(ref.matrix))}
-    wanted = [name for name, pattern in shape.tensors(block, kind).items() if not pattern.optional]
-    experts = range(shape.widths(block, kind).get("experts", 1))
-    missing = [one for name in wanted for i in experts if (one := name.format(expert=i)) not in held]
-    if missing:
-        raise StructureError(
-            f"block {block} lacks `{missing[0]}`",
-            why=f"{len(missing)} tensors of its {kind} are not in the files",
-            hint="the checkpoint is incomplete, or its configuration is of another model",
-        )
-    address = f"{_address(arch.stack, block)}.{kind}"
-    return SubLayer(address, kind, first + block, shape.widths(block, kind), tuple(tensors))

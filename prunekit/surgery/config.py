@@ -10,8 +10,9 @@ from prunekit.plan.cost import kept_hidden, kept_widths
 from prunekit.plan.layer_fields import follow, refusal
 from prunekit.plan.layout import Layout
 from prunekit.plan.plan import Plan
+from prunekit.structure.parts import HIDDEN, SubLayer
 from prunekit.structure.shape import SKIPS
-from prunekit.structure.view import HIDDEN, ModelView, SubLayer
+from prunekit.structure.view import ModelView
 
 if TYPE_CHECKING:
     from prunekit.structure.architecture import Architecture

@@ -17,7 +17,8 @@ from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.plan.cost import kept_experts, kept_hidden
 from prunekit.plan.layout import Layout, choose_layout, placed
 from prunekit.plan.plan import VOCAB, Plan
-from prunekit.structure.view import ModelView, TensorRef
+from prunekit.structure.parts import TensorRef
+from prunekit.structure.view import ModelView
 from prunekit.surgery.alignment import write_alignment
 from prunekit.surgery.config import cut_config
 from prunekit.surgery.hidden import scale

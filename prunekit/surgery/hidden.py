@@ -7,11 +7,12 @@ import re
 from typing import TYPE_CHECKING
 
 from prunekit.plan.cost import kept_hidden
-from prunekit.structure.view import HIDDEN
+from prunekit.structure.parts import HIDDEN
 
 if TYPE_CHECKING:
     from prunekit.plan.plan import Plan
-    from prunekit.structure.view import ModelView, SubLayer, TensorRef
+    from prunekit.structure.parts import SubLayer, TensorRef
+    from prunekit.structure.view import ModelView
 
 
 def scale(view: ModelView, plan: Plan, ref: TensorRef, sublayer: SubLayer | None = None) -> float:

@@ -13,7 +13,7 @@ from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import SurgeryError
 from prunekit.plan.plan import VOCAB, Plan
 from prunekit.structure.architecture import Layout, dim_size, sections
-from prunekit.structure.view import HIDDEN, WIDTHS, TensorRef
+from prunekit.structure.parts import HIDDEN, WIDTHS, TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor

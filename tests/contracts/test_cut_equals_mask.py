@@ -23,7 +23,8 @@ from prunekit.plan.budget import Scored
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
 from prunekit.structure.architecture import architectures
-from prunekit.structure.view import HIDDEN, WIDTHS, ModelView
+from prunekit.structure.parts import HIDDEN, WIDTHS
+from prunekit.structure.view import ModelView
 from prunekit.surgery import engine
 from tests.contracts.test_hidden_cut import LAYER, RMS
 from tests.contracts.test_two_stacks import CUTS as STACK_CUTS

@@ -18,7 +18,8 @@ from prunekit.modeling.load import load_model
 from prunekit.pipeline.pattern import check_pattern
 from prunekit.plan.layout import Layout, choose_layout
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import WIDTHS, ModelView
+from prunekit.structure.parts import WIDTHS
+from prunekit.structure.view import ModelView
 from prunekit.surgery import engine
 from tests.tiny import HEAD, TWO_STACKS, tiny_inputs, tiny_model, write_tiny
 

@@ -14,7 +14,8 @@ from prunekit.core.errors import PlanError
 from prunekit.plan.interchange import FORMATS, plan_text, read_plan
 from prunekit.plan.layer_formats import decilm_notes, decilm_width
 from prunekit.plan.plan import Plan
-from prunekit.structure.view import WIDTHS, ModelView
+from prunekit.structure.parts import WIDTHS
+from prunekit.structure.view import ModelView
 from tests.tiny import write_tiny
 
 DEPTH, WIDE = 5, 1024

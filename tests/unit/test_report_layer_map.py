@@ -13,7 +13,7 @@ from rich.console import Console
 from prunekit.report.layer_map import LayerMap, Row, details, layer_map, summary
 from prunekit.report.layer_map_image import write_layer_map
 from prunekit.structure.architecture import SublayerKind
-from prunekit.structure.view import Block, SubLayer
+from prunekit.structure.parts import Block, SubLayer
 
 
 def stand_in_view(n_blocks: int, without: tuple[str, ...] = ()) -> SimpleNamespace:

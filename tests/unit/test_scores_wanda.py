@@ -16,7 +16,8 @@ from prunekit.modeling.load import load_model
 from prunekit.modeling.modeling_prunekit import blocks_of
 from prunekit.scores._weights import CheckpointWeights
 from prunekit.scores.wanda import Wanda
-from prunekit.structure.view import Group, ModelView, TensorRef
+from prunekit.structure.parts import Group, TensorRef
+from prunekit.structure.view import ModelView
 from tests.tiny import HEAD, tiny_inputs, write_tiny
 
 # Output projections of attention and FFN; whether they store [in, out].

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import SurgeryError
-from prunekit.structure.view import TensorRef
+from prunekit.structure.parts import TensorRef
 from prunekit.surgery.slices import cut_pieces, cut_shape, take
 
 SIZES = {"kv": 3, "rep": 2, "hd": 4, "part": 3, "hidden": 5, "ffn": 7}
