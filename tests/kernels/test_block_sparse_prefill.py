@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from prunekit_kernels.block_sparse_prefill import block_sparse_prefill, cases, op, refusal
+from prunekit_kernels import _device
+from prunekit_kernels.block_sparse_prefill import block_sparse_prefill, cases, refusal
 from prunekit_kernels.block_sparse_prefill.lists import pack_bits, unpack_bits
 from prunekit_kernels.block_sparse_prefill.reference import reference
 
@@ -95,19 +96,19 @@ def on_gpu(dim, dtype=torch.bfloat16, heads=4):
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_every_head_size_that_the_kernels_are_built_for_is_taken(monkeypatch, dim):
-    monkeypatch.setattr(op, "_has_triton", lambda: True)
+    monkeypatch.setattr(_device, "_has_triton", lambda: True)
     assert refusal(on_gpu(dim), on_gpu(dim, heads=2)) == ""
 
 
 def test_refusal_names_the_reason(monkeypatch):
     q = torch.empty(1, 4, 8, 72, device="meta")
     assert "`meta`" in refusal(q, q)
-    monkeypatch.setattr(op, "_has_triton", lambda: True)
+    monkeypatch.setattr(_device, "_has_triton", lambda: True)
     assert refusal(on_gpu(72), on_gpu(72)) == "head size 72 is not one of 64, 80, 96, 128, 256"
     assert refusal(on_gpu(64, torch.float32), on_gpu(64)) == "dtype torch.float32 is not one of bfloat16, float16"
     wrong = "4 query heads are not a multiple of 3 key-value heads"
     assert refusal(on_gpu(64), on_gpu(64, heads=3)) == wrong
-    monkeypatch.setattr(op, "_has_triton", lambda: False)
+    monkeypatch.setattr(_device, "_has_triton", lambda: False)
     assert refusal(on_gpu(64), on_gpu(64)) == "triton is not installed"
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from prunekit_kernels._device import HALF, no_kernels
 from prunekit_kernels.block_scores.reference import folded_scores, select_reference
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
 
 MAX_BLOCKS = 16384
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def refusal(tensor: Tensor, blocks: int) -> str:
     """Why no kernel takes a row of so many blocks on this device, or an empty string if one does."""
-    if tensor.device.type != "cuda":
-        return f"the tensors are on `{tensor.device.type}`, the kernels need a CUDA device"
-    if not _has_triton():
-        return "triton is not installed"
+    if reason := no_kernels(tensor):
+        return reason
     if blocks > MAX_BLOCKS:
         return f"{blocks} blocks of keys are more than {MAX_BLOCKS}"
     return ""
@@ -34,7 +25,7 @@ def refusal(tensor: Tensor, blocks: int) -> str:
 def _scores(
     q: Tensor, k: Tensor, stride: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float
 ) -> Tensor:
-    half = q.dtype in (torch.bfloat16, torch.float16)
+    half = q.dtype in HALF
     if refusal(q, -(-k.shape[2] // block_k)) or not half or q.stride(-1) != 1 or k.stride(-1) != 1:
         return folded_scores(q, k, stride, block_q, block_k, q_offset, causal, scale)
     from prunekit_kernels.block_scores import portable

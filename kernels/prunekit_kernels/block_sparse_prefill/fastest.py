@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Protocol
@@ -11,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from prunekit_kernels._device import elapsed_ms
 from prunekit_kernels.block_sparse_prefill import flash4
 from prunekit_kernels.block_sparse_prefill.cases import RELATIVE, relative_error
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
@@ -89,17 +89,4 @@ def _choose(own: Callable[[], Tensor], theirs: Callable[[], Tensor], name: str, 
 
 def milliseconds(run: Callable[[], object], cuda: bool) -> float:
     """Median time of a call that ran before."""
-    found = []
-    for _ in range(REPEATS):
-        if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            found.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            run()
-            found.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(found)
+    return statistics.median(elapsed_ms(run, cuda) for _ in range(REPEATS))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prunekit_kernels._device import no_kernels
 from prunekit_kernels.cache_compact.reference import compact_reference
 from prunekit_kernels.sparse_decode.lists import PageLists
 
@@ -26,17 +25,12 @@ class Compact(NamedTuple):
     lists: PageLists
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 @torch.library.custom_op("prunekit::cache_compact", mutates_args=())
 def _compact(
     k: Tensor, v: Tensor, indices: Tensor, starts: Tensor, tokens: Tensor, pages: Tensor,
     page_tokens: int, paged: bool, new_page: int, n_pages: int, longest: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not k.is_cuda or not _has_triton():
+    if no_kernels(k):
         return compact_reference(k, v, indices, starts, tokens, pages, page_tokens, paged, new_page, n_pages)
     from prunekit_kernels.cache_compact import portable
 

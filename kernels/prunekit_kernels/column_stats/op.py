@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from prunekit_kernels._device import HALF, no_head_size, no_kernels
 from prunekit_kernels.column_stats.reference import stats_reference
-
-HALF = (torch.bfloat16, torch.float16)
-HEAD_SIZES = (64, 80, 96, 128, 256)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def refusal(q: Tensor, k: Tensor) -> str:
     """Why no kernel takes these tensors, or an empty string if one does."""
-    if q.device.type != "cuda":
-        return f"the tensors are on `{q.device.type}`, the kernels need a CUDA device"
-    if not _has_triton():
-        return "triton is not installed"
+    if reason := no_kernels(q):
+        return reason
     if q.dtype not in HALF or k.dtype != q.dtype:
         return f"dtypes {q.dtype} and {k.dtype} are not both bfloat16 or both float16"
-    if q.shape[-1] not in HEAD_SIZES:
-        return f"head size {q.shape[-1]} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    if reason := no_head_size(q):
+        return reason
     return ""
 
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+from prunekit_kernels._device import no_kernels
 
 
 def merge_reference(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +19,7 @@ def merge_reference(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple
 
 @torch.library.custom_op("prunekit::merge_attention", mutates_args=())
 def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
-    if not a.is_cuda or not _has_triton():
+    if no_kernels(a):
         return merge_reference(a, a_lse, b, b_lse)
     from prunekit_kernels.merge import portable
 

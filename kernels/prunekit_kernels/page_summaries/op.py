@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from prunekit_kernels._device import HALF, no_kernels
 from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference, page_scores_reference
 
 MAX_PAGE = 256
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _takes(x: Tensor, tokens: int) -> bool:
     """Whether the kernel covers the case: powers of two on a GPU."""
-    return x.is_cuda and _has_triton() and x.stride(-1) == 1 and tokens & (tokens - 1) == 0 and tokens <= MAX_PAGE
+    return not no_kernels(x) and x.stride(-1) == 1 and tokens & (tokens - 1) == 0 and tokens <= MAX_PAGE
 
 
 @torch.library.custom_op("prunekit::page_bounds", mutates_args=())
@@ -54,8 +47,8 @@ def _means_fake(x: Tensor, block_tokens: int) -> Tensor:
 
 @torch.library.custom_op("prunekit::page_scores", mutates_args=())
 def _scores(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    half = q.dtype in (torch.bfloat16, torch.float16) and low.dtype == high.dtype == q.dtype
-    if not (q.is_cuda and _has_triton() and half and q.stride(-1) == low.stride(-1) == high.stride(-1) == 1):
+    half = q.dtype in HALF and low.dtype == high.dtype == q.dtype
+    if no_kernels(q) or not half or not (q.stride(-1) == low.stride(-1) == high.stride(-1) == 1):
         return page_scores_reference(q, low, high)
     from prunekit_kernels.page_summaries import portable
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+from prunekit_kernels._device import no_kernels
 
 
 @torch.library.custom_op("prunekit::permute_tokens", mutates_args=())
 def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    if not (x.is_cuda and _has_triton() and x.stride(-1) == 1):
+    if no_kernels(x) or x.stride(-1) != 1:
         return x.index_select(2, order.long()).contiguous()
     from prunekit_kernels.permute import portable
 

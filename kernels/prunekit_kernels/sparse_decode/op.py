@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from prunekit_kernels._device import HALF, no_head_size, no_kernels
 from prunekit_kernels.sparse_decode.lists import PageLists
 from prunekit_kernels.sparse_decode.reference import decode_reference
 
-HALF = (torch.bfloat16, torch.float16)
-HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_ROWS = 64
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, kv_heads: int) -> str:
     """Why no kernel takes these tensors, or an empty string if one does."""
-    if q.device.type != "cuda":
-        return f"the tensors are on `{q.device.type}`, the kernels need a CUDA device"
-    if not _has_triton():
-        return "triton is not installed"
+    if reason := no_kernels(q):
+        return reason
     if q.dtype not in HALF:
         return f"dtype {q.dtype} is not one of bfloat16, float16"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"the cache is {k.dtype} and {v.dtype}, the queries are {q.dtype}"
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         return "the last dimension of the cache is not contiguous"
-    if q.shape[-1] not in HEAD_SIZES:
-        return f"head size {q.shape[-1]} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    if reason := no_head_size(q):
+        return reason
     rows = q.shape[1] // kv_heads * q.shape[2]
     if rows > MAX_ROWS:
         return f"{rows} queries of one key-value head are more than {MAX_ROWS}"

@@ -36,6 +36,7 @@ from prunekit.runtime.attention.patterns.sink_window import SinkWindow
 from prunekit.runtime.attention.patterns.streaming import Streaming
 from prunekit.runtime.attention.patterns.vertical_slash import VerticalSlash
 from prunekit.runtime.attention.policy import name_of
+from prunekit_kernels._device import elapsed_ms
 from prunekit_kernels.block_sparse_prefill import block_sparse_prefill, cases, refusal
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -260,17 +261,7 @@ def _times(run: Callable[[], object], cuda: bool, seconds: float = 0.3) -> list[
     found: list[float] = []
     began = time.perf_counter()
     while len(found) < 3 or (len(found) < 50 and time.perf_counter() - began < seconds):
-        if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            found.append(start.elapsed_time(end))
-        else:
-            at = time.perf_counter()
-            run()
-            found.append((time.perf_counter() - at) * 1e3)
+        found.append(elapsed_ms(run, cuda))
     return found
 
 

@@ -1,0 +1,46 @@
+"""What all kernels ask of the device, and how long a call takes there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (64, 80, 96, 128, 256)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def no_kernels(tensor: Tensor) -> str:
+    """Why no kernel runs where a tensor is, or an empty string if kernels do."""
+    if tensor.device.type != "cuda":
+        return f"the tensors are on `{tensor.device.type}`, the kernels need a CUDA device"
+    return "" if _has_triton() else "triton is not installed"
+
+
+def no_head_size(tensor: Tensor) -> str:
+    """Why no kernel takes the last dimension of a tensor, or an empty string if one does."""
+    known = ", ".join(map(str, HEAD_SIZES))
+    return "" if tensor.shape[-1] in HEAD_SIZES else f"head size {tensor.shape[-1]} is not one of {known}"
+
+
+def elapsed_ms(run: Callable[[], object], cuda: bool) -> float:
+    """Milliseconds of one call, by events of the GPU or by the clock."""
+    if not cuda:
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
