@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from prunekit.checkpoint.reader import Checkpoint
 from prunekit.core.errors import UsageError
-from prunekit.core.ranks import is_first_rank, place
+from prunekit.core.ranks import place
 from prunekit.core.registry import GATES
 from prunekit.gates._costs import Costs
 from prunekit.gates._places import Place, places_of
@@ -173,7 +172,7 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
         UsageError: where the data or the method does not fit the model.
     """
     from prunekit.gates._fold import folded, plan_of
-    from prunekit.heal._checkpoints import open_work, sealed
+    from prunekit.heal._checkpoints import working
     from prunekit.heal._data import gather
     from prunekit.heal._loop import train
     from prunekit.heal._weights import names_of
@@ -201,15 +200,8 @@ def learn(scene: Scene, task: Task, work: Path) -> Learned:
     settings = {**asked.model_dump(mode="json"), **asdict(method)}
     minutes = settings.pop("minutes", None)
     digests = {"cut_digest": scene.student_digest, "teacher_digest": scene.teacher_digest, "data_digest": data.digest}
-    if is_first_rank():
-        open_work(work, {**settings, **digests})
-    try:
-        with quiet():
-            told, _ = train(model, objective, data, scene, work, course)
-    except BaseException:
-        if is_first_rank() and not sealed(work):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+    with working(work, {**settings, **digests}), quiet():
+        told, _ = train(model, objective, data, scene, work, course)
     model.eval()
     if dynamic:
         return _foretelling(gates, model, data, asked, {**settings, "minutes": minutes, **told})

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prunekit.core.errors import HealError
 from prunekit.core.files import sha256_file, write_json
+from prunekit.core.ranks import is_first_rank
 
 RUN, _SEAL = "run.json", "sealed.json"
 
 
-def open_work(work: Path, facts: dict[str, Any]) -> None:
-    """Makes the work folder, or makes sure that what lies in it is the same training.
+@contextmanager
+def working(work: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """The work folder while a training lasts; it goes where the training fails before its first checkpoint.
 
     Args:
         work: the folder.
@@ -22,6 +26,18 @@ def open_work(work: Path, facts: dict[str, Any]) -> None:
     Raises:
         HealError: if another training, or something else, lies there.
     """
+    if is_first_rank():
+        _open_work(work, facts)
+    try:
+        yield
+    except BaseException:
+        if is_first_rank() and not sealed(work):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _open_work(work: Path, facts: dict[str, Any]) -> None:
+    """Makes the work folder, or makes sure that what lies in it is the same training."""
     if not work.exists():
         work.mkdir(parents=True)
         write_json(work / RUN, facts)

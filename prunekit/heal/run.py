@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -96,7 +95,7 @@ def heal(scene: Scene, work: Path) -> Healed:
     """
     from prunekit.heal import _lora, _shards
     from prunekit.heal._attention import Switch, attending
-    from prunekit.heal._checkpoints import open_work, sealed
+    from prunekit.heal._checkpoints import working
     from prunekit.heal._compile import compiled
     from prunekit.heal._data import gather
     from prunekit.heal._loop import Course, train
@@ -120,23 +119,16 @@ def heal(scene: Scene, work: Path) -> Healed:
     minutes = settings.pop("minutes", None)
     teacher = scene.teacher_digest if "teacher" in method.needs else None
     digests = {"cut_digest": scene.student_digest, "teacher_digest": teacher, "data_digest": data.digest}
-    if is_first_rank():
-        open_work(work, {**settings, **digests})
-    try:
-        with quiet(), ExitStack() as stack:
-            trained = _lora.adapted(model, asked) if asked.train == "lora" else model
-            for each in (model, objective.teacher) if asked.compile else ():
-                if each is not None:
-                    stack.enter_context(compiled(each))
-            if asked.attention is not None:
-                switch = Switch(asked)
-                stack.enter_context(attending(model, switch))
-                course = Course(at_step=switch.at_step)
-            told, state = train(trained, objective, data, scene, work, course)
-    except BaseException:
-        if is_first_rank() and not sealed(work):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+    with working(work, {**settings, **digests}), quiet(), ExitStack() as stack:
+        trained = _lora.adapted(model, asked) if asked.train == "lora" else model
+        for each in (model, objective.teacher) if asked.compile else ():
+            if each is not None:
+                stack.enter_context(compiled(each))
+        if asked.attention is not None:
+            switch = Switch(asked)
+            stack.enter_context(attending(model, switch))
+            course = Course(at_step=switch.at_step)
+        told, state = train(trained, objective, data, scene, work, course)
     if told.get("held_out_after", 0.0) > told.get("held_out_before", 0.0):
         scene.talk("the held-out loss is worse than before training: a lower `heal.lr` or more steps may help")
     if state is not None and is_first_rank():
