@@ -43,7 +43,7 @@ def show_list(out: Output, kind: str | None) -> None:
 
     from prunekit.core.errors import UsageError
     from prunekit.core.method_card import card, method_names
-    from prunekit.core.recipe_check import KINDS
+    from prunekit.core.types import KINDS
 
     if kind is not None and kind not in KINDS:
         raise UsageError(f"no kind of unit named `{kind}`", hint=f"kinds: {', '.join(KINDS)}")

@@ -13,13 +13,13 @@ from prunekit.core.recipe_evaluate import EXPECTATIONS
 from prunekit.core.recipe_fields import knob_problems
 from prunekit.core.recipe_heal import Heal, Training
 from prunekit.core.recipe_learn import Gated, Learn
-from prunekit.core.recipe_model import ALTERNATING, REGISTRIES, WIDTH_KINDS, Kind, Repair
+from prunekit.core.recipe_model import ALTERNATING, REGISTRIES, Repair
 from prunekit.core.recipe_problems import Problem, near
 from prunekit.core.registry import ATTENTIONS, GATES, HEALS, METRICS, REPAIRS, Registry
 from prunekit.core.task_options import label_of, make_task, split_limit, task_problems
+from prunekit.core.types import KINDS, WIDTH_KINDS
 from prunekit.core.yaml_lines import KeyPath
 
-KINDS = get_args(Kind)
 # Keys of a budget that say what `latency_ms` is about, and what they are where they are not given.
 LATENCY_KEYS = {"on": "torch", "batch": 1, "tokens": 128, "costs": None}
 _NO_KV = ("ffn", "neurons", "query_heads", "experts", "hidden")

@@ -26,20 +26,8 @@ from prunekit.core.recipe_learn import Learn
 from prunekit.core.recipe_runtime import Runtime
 from prunekit.core.recipe_select import Select
 from prunekit.core.registry import ATTENTIONS, GATES, HEALS, PATTERNS, REPAIRS, SCORES, SEARCHES, TASKS, Registry
+from prunekit.core.types import WIDTH_KINDS, Kind
 
-Kind = Literal[
-    "blocks",
-    "sublayers",
-    "attention",
-    "cross_attention",
-    "ffn",
-    "query_heads",
-    "kv_groups",
-    "neurons",
-    "experts",
-    "hidden",
-]
-WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts", "hidden")
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 # Where a result can be asked to load; `plan/loads.py` says what each takes.
 Target = Literal[

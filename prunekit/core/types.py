@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+# What a step can remove.
+Kind = Literal[
+    "blocks",
+    "sublayers",
+    "attention",
+    "cross_attention",
+    "ffn",
+    "query_heads",
+    "kv_groups",
+    "neurons",
+    "experts",
+    "hidden",
+]
+KINDS: tuple[str, ...] = get_args(Kind)
+# Those that narrow a sub-layer, or the whole model.
+WIDTH_KINDS = ("query_heads", "kv_groups", "neurons", "experts", "hidden")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from prunekit.core.types import KINDS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,18 +32,7 @@ class Magnitude:
 
     norm: Literal["l1", "l2"] = "l2"
 
-    kinds: ClassVar[tuple[str, ...]] = (
-        "blocks",
-        "sublayers",
-        "attention",
-        "cross_attention",
-        "ffn",
-        "query_heads",
-        "kv_groups",
-        "neurons",
-        "experts",
-        "hidden",
-    )
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     needs: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = (
         "Learning both Weights and Connections for Efficient Neural Networks, https://arxiv.org/abs/1506.02626"

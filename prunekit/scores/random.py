@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from prunekit.core.types import KINDS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,18 +27,7 @@ class Random:
 
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
 
-    kinds: ClassVar[tuple[str, ...]] = (
-        "blocks",
-        "sublayers",
-        "attention",
-        "cross_attention",
-        "ffn",
-        "query_heads",
-        "kv_groups",
-        "neurons",
-        "experts",
-        "hidden",
-    )
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     needs: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     evidence: ClassVar[str] = "inferred: a baseline, no paper"
