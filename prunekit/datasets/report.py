@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from prunekit.core.page import html_page
 from prunekit.core.progress import NULL_PROGRESS, Progress
 from prunekit.datasets.rules import Rule
 from prunekit.datasets.select import ScoreFile, Selection, select
@@ -36,22 +37,15 @@ def html_report(
         rule: whose selection the histogram and the class table show.
         n_shown: examples from each end.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     order = np.argsort(-file.scores, kind="stable")
     chosen = select(file, rule)
     hardest, easiest = order[:n_shown].tolist(), order[::-1][:n_shown].tolist()
     with progress.task("picking examples", unit="examples") as task:
         shown = _picked(file, {*hardest, *easiest}, chosen, task)
     classes = class_rows(chosen.before, chosen.after)
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("page.html").render(
-        # A file of ours; everything else is escaped.
-        style=Markup((_TEMPLATES / "page.css").read_text("utf-8")),
+    page = html_page(
+        _TEMPLATES,
+        "data pruning report",
         title=f"{Path(file.manifest['data']['path']).name}: {file.metric}",
         lead=f"{len(chosen.indices):,} of {len(order):,} examples stay, the {chosen.rule} ones: {chosen.why}.",
         facts=list(_facts(file)),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prunekit.core.page import html_page
 from prunekit.report.charts import heat_map, line_chart
 from prunekit.report.layer_map import KINDS, Cell, details, kinds_of, summary
 from prunekit.report.run import OrderPart, Run, ScoresPart, part
@@ -23,23 +22,8 @@ _KIND_NAMES = {"attention": "attention", "cross_attention": "cross-attention", "
 
 
 def html_report(run: Run) -> str:
-    """The whole page. Text of the run is escaped where it is inserted, and only the page's own script may run."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["ticks"] = _ticks
-    style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Both are files of ours; everything else is escaped.
-    inline = {"style": Markup(style), "script": Markup(script), "script_digest": digest}
-    return environment.get_template("page.html").render(**inline, **_context(run))
+    """The whole page."""
+    return html_page(_TEMPLATES, "pruning report", {"ticks": _ticks}, **_context(run))
 
 
 def _ticks(text: str) -> str:
