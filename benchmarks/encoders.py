@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from record import made_with, record
 
 METHODS = ("magnitude", "vib", "shrp")
 STATES = ("raw", "repaired", "healed", "repaired, healed")
@@ -151,25 +151,12 @@ def facts(given: argparse.Namespace) -> dict[str, Any]:
     """Where and with what the rows were made."""
     import torch
 
-    from prunekit.report.folder import versions
-
-    cuda = torch.cuda.is_available() and given.device != "cpu"
-    changed = git("status", "--porcelain")
     return {
         "source": given.source,
         "pairs": given.limit or "all",
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": changed is None or bool(changed),
+        **made_with(given.device),
     }
-
-
-def git(*words: str) -> str | None:
-    """What git says; None where the code is no checkout."""
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def table(file: Path) -> str:
@@ -221,12 +208,7 @@ def main() -> None:
     if given.pairs is None:
         parser.error("--pairs FILE is needed")
     about = facts(given)
-    for row in rows(given):
-        line = json.dumps({**row, **about})
-        print(line, flush=True)
-        if given.out is not None:
-            with given.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    record(rows(given), about, given.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Passes of the two take turns, and the median counts. Matrix products are counted
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -17,6 +16,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from record import record
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -95,12 +96,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if given.device == "cuda" else platform.processor() or platform.machine()
     about = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__,
              "prompt": given.prompt, "written": given.written, "dtype": given.dtype}  # fmt: skip
-    for row in rows(given):
-        line = json.dumps({**about, **row})
-        print(line, flush=True)
-        if given.out is not None:
-            with given.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    record(rows(given), about, given.out)
 
 
 if __name__ == "__main__":

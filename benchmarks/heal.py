@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from record import made_with, record
 
 _ROWS = "which rows, semicolon between: cut; repaired; healed; repaired, healed; vib; vib, repaired; vib, healed"
 
@@ -138,22 +138,13 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def facts(given: argparse.Namespace) -> dict[str, Any]:
     """Where and with what the rows were made."""
-    import torch
-
-    from prunekit.report.folder import versions
-
-    cuda = torch.cuda.is_available() and given.device != "cpu"
-    changed = git("status", "--porcelain")
     return {
         "source": given.source,
         "remove": given.remove,
         "neurons": given.neurons,
         "candidates": given.candidates,
         "evaluation": [given.sequences, given.length],
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "versions": versions(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": changed is None or bool(changed),
+        **made_with(given.device),
     }
 
 
@@ -178,13 +169,6 @@ def _figures(row: dict[str, Any], side: int) -> dict[str, float]:
     """What was measured before (0), after the cut and the repair (1) or at the end (2)."""
     perplexity = row["perplexity"][side]
     return {} if perplexity is None else {"perplexity": perplexity, **(row["figures"][side] or {})}
-
-
-def git(*words: str) -> str | None:
-    """What git says; None where the code is no checkout."""
-    here = Path(__file__).parent
-    done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def main() -> None:
@@ -228,12 +212,7 @@ def main() -> None:
         print(table(given.out))
         return
     about = facts(given)
-    for row in rows(given):
-        line = json.dumps({**about, **row})
-        print(line, flush=True)
-        if given.out is not None:
-            with given.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    record(rows(given), about, given.out)
 
 
 if __name__ == "__main__":

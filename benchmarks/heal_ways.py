@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from heal import facts, text
+from record import record
 
 WAYS = ("finercut", "vib", "block_influence", "wanda")
 STATES = ("cut", "repaired", "healed")
@@ -135,12 +136,12 @@ class Bench:
         """One way at one share, in all states."""
         from prunekit.heal.run import heal
         from prunekit.pipeline import make_plan
-        from prunekit.pipeline.carry_out import made_from, replaced_of
+        from prunekit.pipeline.carry_out import Clock, made_from, replaced_of
         from prunekit.pipeline.healing import scene_of
         from prunekit.pipeline.repair import with_repair
         from prunekit.surgery import engine
 
-        clock = _Clock()
+        clock = Clock()
         recipe = self.recipe(self.removes(way, share))
         made = make_plan(recipe, talk=_say)
         clock.lap("plan")
@@ -171,17 +172,6 @@ class Bench:
             "learn": dict(made.learn),
             "seconds": clock.seconds,
         }
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self._last, 1)
-        self._last = now
 
 
 def _say(words: str) -> None:
@@ -272,12 +262,7 @@ def main() -> None:
     # What `facts` tells of a single cut is told by each row here.
     about = facts(argparse.Namespace(**vars(given), remove=max(given.shares), neurons=0.0, candidates="pairs"))
     about.pop("remove"), about.pop("neurons")
-    for row in rows(given):
-        line = json.dumps({**about, **row})
-        print(line, flush=True)
-        if given.out is not None:
-            with given.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    record(rows(given), about, given.out)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def run(
     Raises:
         PrunekitError: of the kind that fits; nothing is left behind then. A missed expectation is no exception.
     """
-    clock = _Clock()
+    clock = Clock()
     _check_first(recipe, output, overwrite)
     made = make_plan(recipe, progress, talk, learning.work_folder(output))
     clock.lap("plan")
@@ -137,12 +137,15 @@ def run(
     return result
 
 
-class _Clock:
+class Clock:
+    """Seconds of the stages of a run, by name, in `seconds`."""
+
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Ends a stage: its time goes from the end of the one before."""
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
@@ -189,7 +192,7 @@ def _needs_tokenizer(recipe: Recipe) -> bool:
 
 
 def _finish(
-    recipe: Recipe, made: Made, output: Path, folder: Path, progress: Progress, talk: Talk, clock: _Clock
+    recipe: Recipe, made: Made, output: Path, folder: Path, progress: Progress, talk: Talk, clock: Clock
 ) -> Result:
     """Cuts into `folder`, then measures, exports, verifies and reports."""
     from prunekit.surgery import engine
