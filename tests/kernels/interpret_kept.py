@@ -55,8 +55,7 @@ def wide(case, dtype):
     parts = (lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, None, None, None)
     numbers = (lists.block_q, lists.block_k, lists.q_offset, lists.causal, case.dim**-0.5)
     less = torch.zeros_like(got[1])
-    tiles = {"tile_q": 32, "tile_k": 32, "tile_k_keys": 32}
-    found = backward.launch(grad, less, q, k, v, *got, *parts, *numbers, **tiles)
+    found = backward.launch(grad, less, q, k, v, *got, *parts, *numbers)
     right = backward_reference(grad.double(), less, *exact, *expected, *parts, *numbers)
     return [*compared(got, expected), *(cases.relative_error(a, b) for a, b in zip(found, right, strict=True))]
 
