@@ -78,7 +78,12 @@ class Bench:
         given = self.given
         if way == "finercut":
             by = {"search": "replay", "file": str(self.order)}
-            return {"steps": [{"remove": "sublayers", "by": by, "budget": budget}]}
+            pairs = {"remove": round(share - given.neurons, 6), "of": "params"}
+            steps: list[dict[str, Any]] = [{"remove": "sublayers", "by": by, "budget": pairs}]
+            if given.neurons:
+                narrow = {"remove": given.neurons, "of": "params", "multiple_of": 16, "within": "group"}
+                steps.append({"remove": "neurons", "by": {"score": "wanda"}, "budget": narrow})
+            return {"steps": steps}
         if way == "block_influence":
             return {"steps": [{"remove": "blocks", "by": {"score": way}, "budget": budget}]}
         if way == "wanda":
@@ -235,6 +240,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.3], help="fractions of block parameters")
+    parser.add_argument("--neurons", type=float, default=0.0, help="part of it that FinerCut leaves to wanda neurons")
     parser.add_argument("--calibrate", type=int, default=10, help="sequences of 256 tokens for scores and search")
     parser.add_argument("--repair", type=int, default=200, help="sequences for the repair, as long as those of healing")
     parser.add_argument(
@@ -260,8 +266,8 @@ def main() -> None:
         print(table(_held(given.out)))
         return
     # What `facts` tells of a single cut is told by each row here.
-    about = facts(argparse.Namespace(**vars(given), remove=max(given.shares), neurons=0.0, candidates="pairs"))
-    about.pop("remove"), about.pop("neurons")
+    about = facts(argparse.Namespace(**vars(given), remove=max(given.shares), candidates="pairs"))
+    about.pop("remove")
     record(rows(given), about, given.out)
 
 

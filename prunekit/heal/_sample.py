@@ -17,7 +17,7 @@ from prunekit.modeling.quiet import quiet
 
 # For the KV cache and the draws while the teacher writes; a step takes a GPU as long for one sequence as for hundreds.
 _CACHE_BYTES = {"cpu": 1e9, "mps": 2e9}
-_OF_FREE_MEMORY = 0.4
+_OF_FREE_MEMORY = 0.6
 _MOST_AT_ONCE = 8192
 
 
