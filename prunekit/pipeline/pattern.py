@@ -24,8 +24,8 @@ def check_pattern(view: ModelView, recipe: Recipe) -> None:
     """Fails before any work where the pattern cannot be the model's.
 
     Raises:
-        UsageError: for a model of several parts or stacks, a causal pattern on an encoder or the reverse, layers that
-            it has not, or a text to measure on that is longer than the pattern is for.
+        UsageError: for a model of several parts or stacks or with softcapped scores, a causal pattern on an encoder or
+            the reverse, layers that it has not, or a text to measure on that is longer than the pattern is for.
     """
     if recipe.runtime is None:
         return
@@ -37,6 +37,9 @@ def check_pattern(view: ModelView, recipe: Recipe) -> None:
     if view.section:
         why = f"a pattern would be for all of `{view.model_type}`, its `{view.section}` is one part"
         raise UsageError("`runtime` is for models of one part", why=why, at="runtime")
+    if view.text.get("attn_logit_softcapping") is not None:
+        why = f"`{view.model_type}` caps the scores of its attention, which a pattern would leave out"
+        raise UsageError("`runtime` does not go with a cap on scores", why=why, at="runtime")
     causal = reads(view) == "text"
     if pattern.causal != causal:
         kinds = ("bidirectional", "causal")

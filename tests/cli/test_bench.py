@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prunekit.cli.main import main
-from prunekit.runtime.attention import bench
+from prunekit.core.registry import PATTERNS
+from prunekit.runtime.attention import bench, decode
 
 SMALL = ["bench", "attention", "--device", "cpu", "--length", "64", "--quiet", "--json"]
 
@@ -23,6 +24,8 @@ def test_ratios_stand_beside_what_was_timed_once_all_checks_passed(capsys) -> No
     found = json.loads(capsys.readouterr().out)
     assert all(check["passed"] for check in found["checks"])
     assert {check["what"].split()[0] for check in found["checks"]} >= {"step", "gradient"}
+    classes = {PATTERNS.get(name).__name__ for name in PATTERNS.names()}
+    assert {check["what"].removeprefix("step of ").split("(")[0] for check in found["checks"]} >= classes
     sparse = [row for row in found["rows"] if row["what"] not in bench.DENSE]
     assert {row["shape"].split()[0] for row in sparse} == {"prompt", "image", "gradients", "step"}
     assert all(row["times_baseline"] > 0 and row["baseline"] in bench.DENSE for row in sparse)
@@ -36,6 +39,13 @@ def test_a_failed_check_takes_the_ratios_away_and_is_an_error(monkeypatch, capsy
     assert '"times_baseline": null' in said.out
     assert '"baseline": "dense' not in said.out
     assert "checks failed, so no ratio is given" in said.out + said.err
+
+
+def test_a_step_that_reads_the_wrong_pages_fails_its_check(monkeypatch, capsys) -> None:
+    right = decode.select_blocks
+    monkeypatch.setattr(decode, "select_blocks", lambda scores, *rest, **options: right(-scores, *rest, **options))
+    assert main(SMALL) == 3
+    assert "step of Quest(page_tokens=4, budget_tokens=16)" in capsys.readouterr().out
 
 
 def test_strict_wants_kernels(capsys) -> None:

@@ -128,6 +128,7 @@ def test_dry_run_says_what_the_result_reads(small: Small, tmp_path: Path, capsys
         ("llama", {"pattern": "dense", "causal": False}, {}, "`dense` is a bidirectional pattern"),
         ("bert", {"pattern": "power"}, {}, "`power` is a causal pattern"),
         ("llama", {"pattern": "power", "layers": [4]}, {}, "there is no block 4"),
+        ("gemma2", {"pattern": "power"}, {}, "a cap on scores"),
         ("llama", {"pattern": "power", "length_tokens": 30}, {"evaluate": TEXT}, "`evaluate.perplexity` reads more"),
     ],
 )

@@ -7,13 +7,25 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaModel,
     MistralConfig,
     MistralForCausalLM,
     StaticCache,
+    T5Config,
+    T5EncoderModel,
     ViTConfig,
     ViTModel,
 )
@@ -26,6 +38,7 @@ from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.sink_window import SinkWindow
+from prunekit.runtime.attention.patterns.streaming import Streaming
 from prunekit_kernels.block_sparse_prefill import block_sparse_prefill
 
 PATTERNS = (Power(8, 2), SinkWindow(3, 12))
@@ -140,6 +153,21 @@ def test_everything_is_put_back(model, ids):
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_patterns_that_are_taken_off_in_any_order_leave_nothing(model):
+    before, implementation = model.config.to_dict(), model.config._attn_implementation
+    with attach(model, "power"):
+        with attach(model, "streaming"):
+            assert model.config.prunekit["runtime"]["attention"]["pattern"] == "streaming"
+        assert model.config.prunekit["runtime"]["attention"]["pattern"] == "power"
+    first, second, third = (attach(model, name) for name in ("power", "streaming", "dense"))
+    second.detach()
+    first.detach()
+    assert model.config.prunekit["runtime"]["attention"]["pattern"] == "dense"
+    third.detach()
+    assert model.config.to_dict() == before
+    assert model.config._attn_implementation == implementation
+
+
 def test_detach_keeps_what_else_the_config_says(model):
     model.config.prunekit = {"schema": 1, "runtime": {"other": 2}}
     attachment = attach(model, "power")
@@ -172,6 +200,110 @@ def test_a_sliding_window_model_honours_both_masks(ids):
         mask[0, :5] = 0
         with attach(model, near), pytest.raises(RuntimePolicyError, match="padded on the left"):
             model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, Streaming(8, 1, 1)], ids=str)
+@pytest.mark.parametrize("chunk", [1, 10])
+def test_steps_over_a_sliding_cache_equal_one_pass(ids, pattern, chunk):
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20)
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    with attach(model, pattern):
+        expected = model(ids, use_cache=False).logits
+        out = model(ids[:, :40], use_cache=True)
+        parts = [out.logits]
+        for first in range(40, 70, chunk):
+            out = model(ids[:, first : first + chunk], past_key_values=out.past_key_values, use_cache=True)
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+    with attach(model, {"pattern": "sink_window", "length_tokens": 65}):
+        out = model(ids[:, :60], use_cache=True)
+        with pytest.raises(RuntimePolicyError, match="a sequence of 70 tokens is longer"):
+            model(ids[:, 60:], past_key_values=out.past_key_values, use_cache=True)
+
+
+def test_several_texts_in_one_row_are_refused(model, ids):
+    positions = torch.cat([torch.arange(30), torch.arange(40)])[None]
+    with attach(model, SinkWindow(3, 12)), pytest.raises(RuntimePolicyError, match="several texts lie in one row"):
+        model(ids[:1], position_ids=positions, use_cache=False)
+    with attach(model, "dense"):
+        got = model(ids[:1], position_ids=positions, use_cache=False).logits
+    apart = [model(part, use_cache=False).logits for part in (ids[:1, :30], ids[:1, 30:])]
+    torch.testing.assert_close(got, torch.cat(apart, 1))
+
+
+def test_padding_on_the_right_of_a_sliding_window_is_no_second_text(ids):
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20)
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    mask = torch.ones_like(ids)
+    mask[0, 50:] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    with attach(model, SinkWindow(3, 12)):
+        expected = model(ids[:1, :50]).logits
+        got = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(got[:1, :50], expected)
+
+
+def test_what_a_model_adds_to_attention_is_refused_and_not_left_out(ids):
+    small = {**SIZES, "num_key_value_heads": 2, "head_dim": 16}
+    softcapped = Gemma2ForCausalLM(Gemma2Config(**small)).eval()
+    sinks = GptOssForCausalLM(GptOssConfig(**small, num_local_experts=2, num_experts_per_tok=1)).eval()
+    biased = T5EncoderModel(T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)).eval()
+    for model, causal, what in (
+        (softcapped, True, "a cap on scores"),
+        (sinks, True, "learned attention sinks"),
+        (biased, False, "a bias by position"),
+    ):
+        # Layers that stay dense lose it as well.
+        for layers in (None, []):
+            section = {"pattern": "dense", "causal": causal}
+            with attach(model, section, layers=layers), pytest.raises(RuntimePolicyError, match=what):
+                model(ids)
+
+
+def test_values_of_another_size_than_queries_are_refused(ids):
+    config = DeepseekV3Config(
+        **SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
+        v_head_dim=16, first_k_dense_replace=3,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).eval()
+    with attach(model, "dense"), pytest.raises(RuntimePolicyError, match="values of 16 channels beside queries of 24"):
+        model(ids)
+
+
+def test_models_that_no_pattern_is_for_are_refused_and_left_as_they_were(model, monkeypatch):
+    bart = BartModel(
+        BartConfig(
+            vocab_size=100, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32
+        )
+    )
+    mamba = MambaModel(MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1))
+    for other, what in ((bart, "an encoder and a decoder"), (mamba, "cannot read by a pattern")):
+        before = other.config.to_dict()
+        with pytest.raises(RuntimePolicyError, match=what):
+            attach(other, "power")
+        assert other.config.to_dict() == before
+
+    def fails(name):
+        raise ZeroDivisionError
+
+    before = model.config.to_dict()
+    monkeypatch.setattr(model, "set_attn_implementation", fails)
+    with pytest.raises(ZeroDivisionError):
+        attach(model, "power")
+    assert model.config.to_dict() == before
+
+
+def test_what_is_no_pattern_or_no_list_of_layers_is_refused(model):
+    for wrong in (42, None, Power):
+        with pytest.raises(UsageError, match="is no pattern"):
+            attach(model, wrong)
+    for layers in ("01", 1, [0.5], [True]):
+        with pytest.raises(UsageError, match="no list of layers"):
+            attach(model, Power(), layers=layers)
+    with pytest.raises(UsageError, match="`layers` is given twice"):
+        attach(model, {"pattern": "power", "layers": [0]}, layers=[1])
 
 
 def test_an_encoder_takes_a_two_sided_pattern_only(ids):

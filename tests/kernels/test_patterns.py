@@ -184,6 +184,10 @@ def test_unknown_patterns_and_options_are_refused_by_name():
         policy({"pattern": "power", "window": 3})
     with pytest.raises(UsageError, match="`window_blocks: 0`"):
         policy({"pattern": "power", "window_blocks": 0})
+    with pytest.raises(UsageError, match="`causal: no` must be true or false"):
+        policy({"pattern": "sink_window", "causal": "no"})
+    with pytest.raises(UsageError, match="`mass: x` must be a number"):
+        policy({"pattern": "antidiagonal", "mass": "x"})
     with pytest.raises(RuntimePolicyError, match="no pattern in the config"):
         policy_of(object())
 

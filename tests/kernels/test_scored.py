@@ -212,4 +212,6 @@ def test_scored_patterns_refuse_what_they_cannot_honour(model, ids):
         Antidiagonal(mass=1.5)
     with pytest.raises(UsageError, match="`budget_tokens: 8`"):
         Quest(16, 8)
+    with pytest.raises(UsageError, match="`budget_tokens: 30` is no multiple of pages of 16"):
+        Quest(16, 30)
     assert BLOCK == 128

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ from prunekit.runtime.attention.policy import model_facts, policy
 from prunekit_kernels.block_sparse_prefill import refusal
 
 ABSENT = object()
+_COUNTER = itertools.count()
 
 
 class Attachment:
@@ -25,12 +28,18 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, section: Mapping[str, Any]) -> None:
         self._model = model
+        self._number = next(_COUNTER)
         configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
         self._before = [(c, c._attn_implementation, getattr(c, "prunekit", ABSENT)) for c in configs.values()]
         for config, _, old in self._before:
             kept = dict(old) if isinstance(old, Mapping) else {}
             config.prunekit = {**kept, "runtime": {**kept.get("runtime", {}), "attention": dict(section)}}
-        model.set_attn_implementation(NAME)
+        _ATTACHED.add(self)
+        try:
+            model.set_attn_implementation(NAME)
+        except BaseException:
+            self.detach()
+            raise
         stuck = [type(c).__name__ for c, _, _ in self._before if c._attn_implementation != NAME]
         if stuck:
             self.detach()
@@ -40,8 +49,17 @@ class Attachment:
             )
 
     def detach(self) -> None:
-        """Puts the model's attention and config back as they were; a second call does nothing."""
+        """Puts the model's attention and config back as they were; a second call does nothing.
+
+        Under a later pattern on the same model that one stays on, and puts back what was before this one.
+        """
+        _ATTACHED.discard(self)
+        later = sorted((a for a in _ATTACHED if a._number > self._number), key=lambda a: a._number)
         for config, implementation, section in self._before:
+            if above := next((a for a in later if any(config is c for c, _, _ in a._before)), None):
+                mine = config, implementation, section
+                above._before = [mine if c is config else (c, i, s) for c, i, s in above._before]
+                continue
             config._attn_implementation = implementation
             if section is ABSENT:
                 del config.prunekit
@@ -57,6 +75,9 @@ class Attachment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+
+_ATTACHED: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 def attach(
@@ -81,8 +102,9 @@ def attach(
         with attach(model, {"pattern": "power", "block_tokens": 128, "window_blocks": 8}):
             model.generate(**inputs)
     """
-    chosen = policy(pattern, None if layers is None else tuple(layers))
+    chosen = policy(pattern, layers)
     chosen.require_for(model_facts(model.config))
+    _require_one_stack(model)
     reason = _no_kernel(model)
     if reason and strict:
         raise RuntimePolicyError("no kernel serves this model", why=reason)
@@ -93,9 +115,24 @@ def attach(
     return attachment
 
 
+def _require_one_stack(model: PreTrainedModel) -> None:
+    """Refuses a model of an encoder and a decoder; either of them alone is none."""
+    if getattr(model.config, "is_encoder_decoder", False) and model.get_encoder() is not model:
+        raise RuntimePolicyError(
+            f"`{type(model).__name__}` has an encoder and a decoder",
+            why="one pattern would be for both and for the attention between them, where positions differ",
+            hint="run the model without a pattern",
+        )
+
+
 def _no_kernel(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise RuntimePolicyError(
+            f"`{type(model).__name__}` cannot read by a pattern",
+            why="its configuration names no number of attention heads for all layers",
+        )
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     like = torch.empty(1, heads, 0, dim, dtype=model.dtype, device=model.device)
     return refusal(like, like)

@@ -29,6 +29,8 @@ from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit.runtime.attention.patterns.antidiagonal import Antidiagonal
 from prunekit.runtime.attention.patterns.block_topk import BlockTopk
 from prunekit.runtime.attention.patterns.dense import Dense
+from prunekit.runtime.attention.patterns.dilated import Dilated
+from prunekit.runtime.attention.patterns.halo import Halo
 from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.quest import Quest
@@ -154,7 +156,9 @@ def _checks(n: int, device: str, dtype: torch.dtype) -> Iterator[Check]:
     """Prompts, steps and gradients of `n` tokens against float64."""
     limit = cases.RELATIVE[dtype]
     shape = f"B2 S{n}"
-    for pattern in (*PROMPTS, Power(16, 2), SinkWindow(3, 20), BlockTopk(2), Antidiagonal(0.5, 8)):
+    image = (n // 5, 5) if n % 5 == 0 else (n // 9, 9)
+    ordered = (Neighborhood(image, 3), Halo(image, 4, 1), Dilated(20, 3))
+    for pattern in (*PROMPTS, Power(16, 2), SinkWindow(3, 20), BlockTopk(2), Antidiagonal(0.5, 8), *ordered):
         q, k, v = _draw(n, n, 2, 4, 2, 64, device, dtype)
         out = prompt(pattern, q, k, v, None, None)
         if is_scored(pattern):
@@ -163,14 +167,24 @@ def _checks(n: int, device: str, dtype: torch.dtype) -> Iterator[Check]:
         else:
             mask = dense_mask(pattern, n, n, device=device)[None]
         yield Check(str(pattern), shape, cases.relative_error(out, _attended(q, k, v, mask)), limit)
-    for pattern in (Dense(), Power(16, 2), SinkWindow(3, 20), Streaming(16, 1, 2), Quest(16, 2048)):
+    steps = (Dense(), Power(16, 2), SinkWindow(3, 20), Streaming(16, 1, 2), Dilated(20, 3))
+    for pattern in (*steps, Quest(16, 2048), Quest(4, 16), BlockTopk(2)):
         q, k, v = _draw(n, 1, 2, 4, 2, 64, device, dtype)
         out = step(pattern, nn.Module(), q, k, v, None, None)
-        mask = torch.ones(1, 1, n, dtype=torch.bool, device=device)
-        if not is_scored(pattern):
-            mask = dense_mask(pattern, 1, n, n - 1, device=device)[None]
+        mask = _chosen(pattern, q, k) if is_scored(pattern) else dense_mask(pattern, 1, n, n - 1, device=device)[None]
         yield Check(f"step of {pattern}", shape, cases.relative_error(out, _attended(q, k, v, mask)), limit)
     yield from _gradient_checks(n, device, dtype)
+
+
+def _chosen(pattern: Scored, q: Tensor, k: Tensor) -> Tensor:
+    """Bool [B, H, 1, T]: the tokens of the newest page and of those with the highest scores."""
+    size, keep = pattern.pages
+    scores = pattern.page_scores(q, pattern.summaries(k))
+    scores[..., -1] = float("inf")
+    best = scores.topk(min(keep, scores.shape[2]), 2).indices
+    pages = torch.zeros_like(scores, dtype=torch.bool).scatter(2, best, True)
+    tokens = pages.repeat_interleave(size, 2)[..., : k.shape[2]]
+    return tokens.repeat_interleave(q.shape[1] // k.shape[1], 1).unsqueeze(2)
 
 
 def _gradient_checks(n: int, device: str, dtype: torch.dtype) -> Iterator[Check]:

@@ -26,7 +26,7 @@ from prunekit.runtime.attention.decode import cannot_ask, spans_of, step
 from prunekit.runtime.attention.patterns._engine import Pattern, block_lists, order_of
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit.runtime.attention.patterns.dense import Dense
-from prunekit.runtime.attention.policy import policy_of
+from prunekit.runtime.attention.policy import policy_of, refuse_additions
 from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, refusal
 from prunekit_kernels.block_sparse_prefill.fastest import prefill_fastest
 from prunekit_kernels.permute import permute_tokens
@@ -69,7 +69,8 @@ def attention_mask(
     Returns:
         None for a plain causal or plain bidirectional batch without padding that fills the keys; bool [B, n] for one
         with padding on the left or right, uint8 [B, n] for one without, where only the first n slots of a cache of
-        fixed size are filled; bool [B, T] for a compiled step over such a cache; bool [B, 1, Q, T] for everything else.
+        fixed size are filled; bool [B, T] for a compiled step over such a cache; bool [B, 1, Q, O + T] for everything
+        else, O being how many tokens a sliding cache no longer holds.
     Raises:
         RuntimePolicyError: if a batch padded on the left comes under a mask that is neither.
     """
@@ -97,10 +98,11 @@ def attention_mask(
             hint="pad on the right, run one prompt at a time, or use a dynamic cache",
         )
     options = {**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
+    mask: Tensor = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, **options,
     )  # fmt: skip
+    return pad(mask, (kv_offset, 0), value=False) if kv_offset else mask
 
 
 def _in_one_piece(padding: Tensor) -> bool:
@@ -119,19 +121,26 @@ def attention(
         query: [B, H, Q, D].
         key: [B, G, T, D]; `value` alike.
         attention_mask: from `attention_mask` above, or a prepared [B, 1, Q, T], bool or additive.
+        options: what else transformers hands over; `position_ids`, [B, Q], tell several texts in one row.
     Returns:
         [B, Q, H, D], and None for the weights.
     Raises:
         RuntimePolicyError: if the pattern is for another model or shorter sequences, if pattern and module disagree on
-            causality, or if dropout is asked for.
+            causality, if dropout is asked for, or if the module adds to attention what a pattern would leave out.
     """
     policy = policy_of(module.config)
+    refuse_additions(options)
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
     if attention_mask is not None and attention_mask.dim() == 2:
         filled = attention_mask.shape[1]
         key, value = key[:, :, :filled], value[:, :, :filled]
         attention_mask = None if attention_mask.dtype == torch.uint8 else attention_mask
+    # Tokens that a sliding cache no longer holds: its first slot is the position after them.
+    gone = 0
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
+        gone = max(0, attention_mask.shape[3] - key.shape[2])
+        attention_mask = attention_mask[..., gone:]
     if not policy.covers(getattr(module, "layer_idx", None)):
         # Torch's own causal mask starts at the first key, not where a prompt goes on over a cache.
         goes_on = attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]
@@ -142,22 +151,30 @@ def attention(
         )
     pattern = policy.pattern
     _check(pattern, causal, dropout)
+    if value.shape[3] != query.shape[3]:
+        raise RuntimePolicyError(
+            f"values of {value.shape[3]} channels beside queries of {query.shape[3]}",
+            why="the kernels and their references take heads of one size",
+            hint="run the model without a pattern",
+        )
     n_queries, n_keys = query.shape[2], key.shape[2]
     if not cannot_ask(query):
         # A compiled step sees all slots of its cache, not how many are filled.
-        policy.require_length(n_keys)
+        policy.require_length(gone + n_keys)
     if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
         say_slow(reason)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
         raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
-    rows = _step_mask(attention_mask, n_queries, n_keys, causal)
+    rows = False if gone else _step_mask(attention_mask, n_queries, n_keys, causal)
     if n_queries == 1 < n_keys and causal and rows is not False:
         from_first = attention_mask is None or attention_mask.dim() == 2
         out = step(pattern, module, query, key, value, rows, scaling, from_first=from_first)
     elif attention_mask is None or (attention_mask.dim() == 2 and n_queries == n_keys):
         out = prompt(pattern, query, key, value, attention_mask, scaling, policy.fastest)
     else:
-        out = _masked(pattern, query, key, value, attention_mask, causal, scaling)
+        if n_queries == n_keys and not cannot_ask(query):
+            _require_one_text(pattern, options.get("position_ids"), attention_mask)
+        out = _masked(pattern, query, key, value, attention_mask, causal, scaling, gone)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -203,11 +220,32 @@ def prompt(
     return out
 
 
+def _require_one_text(pattern: Pattern | Scored, positions: Tensor | None, given: Tensor | None) -> None:
+    """Refuses several texts in one row, each of which the pattern would have to count from its own start.
+
+    Args:
+        pattern: what counts.
+        positions: as the model numbers the tokens, [B, Q].
+        given: the model's mask, [B, 1, Q, Q]; a token that no query reads is padding.
+    """
+    if positions is None or positions.dim() != 2 or given is None or isinstance(pattern, Dense):
+        return
+    read = (given if given.dtype == torch.bool else given >= 0)[:, 0].any(1)
+    if bool(((positions.diff(dim=1) <= 0) & read[:, 1:]).any()):
+        raise RuntimePolicyError(
+            "several texts lie in one row under a mask that is more than causality and padding",
+            why="a pattern counts from the first token of a text, which such a mask does not tell",
+            hint="give each text a row of its own, padded on the right",
+        )
+
+
 def _masked(
     pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, given: Tensor | None, causal: bool,
-    scaling: float | None,
+    scaling: float | None, gone: int = 0,
 ) -> Tensor:  # fmt: skip
     """Scaled dot-product attention under the pattern and the mask that the model gave, as one dense mask.
+
+    The first key is that of position `gone`.
 
     Raises:
         RuntimePolicyError: for a pattern that scores, which such a mask leaves nothing to count from.
@@ -218,7 +256,7 @@ def _masked(
             why="it scores whole prompts and single steps",
             hint="run one prompt at a time, or choose a pattern that goes by position",
         )
-    mask = _dense(pattern, given, query.shape[2], key.shape[2], causal, query.device)
+    mask = _dense(pattern, given, query.shape[2], key.shape[2], causal, query.device, gone)
     group = query.shape[1] // key.shape[1]
     return nn.functional.scaled_dot_product_attention(
         query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, scale=scaling
@@ -239,8 +277,9 @@ def _check(pattern: Pattern | Scored, causal: bool, dropout: float) -> None:
 
 
 def _dense(
-    pattern: Pattern | None, given: Tensor | None, n_queries: int, n_keys: int, causal: bool, device: torch.device
-) -> Tensor:
+    pattern: Pattern | None, given: Tensor | None, n_queries: int, n_keys: int, causal: bool, device: torch.device,
+    gone: int = 0,
+) -> Tensor:  # fmt: skip
     """Mask [B or 1, 1, Q, T] of the pattern (None: every key) together with the one that the model gave.
 
     Positions count from the first token of each sequence when padding is given as [B, T]. A query without any key,
@@ -260,5 +299,5 @@ def _dense(
         # The last key that a causal mask shows is the query's own; slots past it may be a cache not yet filled.
         shown = given if given.dtype == torch.bool else given >= 0
         q = (n_keys - 1 - shown.flip(-1).int().argmax(-1, keepdim=True))[:, 0]
-    seen = (pattern.allows(q, k) if pattern else (k <= q) | (not causal))[:, None]
+    seen = (pattern.allows(gone + q, gone + k) if pattern else (k <= q) | (not causal))[:, None]
     return given & seen if given.dtype == torch.bool else given.masked_fill(~seen, torch.finfo(given.dtype).min)

@@ -19,7 +19,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from prunekit.core.errors import RuntimePolicyError
 from prunekit.runtime.attention.patterns._engine import Pattern, order_of
 from prunekit.runtime.attention.patterns._scored import is_scored
-from prunekit.runtime.attention.policy import name_of, policy_of, section_of
+from prunekit.runtime.attention.policy import name_of, policy_of, refuse_additions, section_of
 
 NAME = "prunekit_masked"
 
@@ -76,6 +76,7 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Scaled dot-product attention under the mask of `_mask` and, in the layers that it is for, of the pattern."""
     policy = policy_of(module.config)
+    refuse_additions(options)
     if policy.covers(getattr(module, "layer_idx", None)) and not is_scored(policy.pattern):
         attention_mask = _both(policy.pattern, attention_mask, query.shape[2], key.shape[2], query.device)
     out: Tensor = sdpa_attention_forward(

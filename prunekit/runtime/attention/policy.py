@@ -10,16 +10,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prunekit.core.errors import RuntimePolicyError, UsageError
+from prunekit.core.pattern_options import pattern_problems
 from prunekit.core.registry import PATTERNS
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
+
+# What some models hand to attention beside queries, keys and values, and no kernel here computes.
+_ADDITIONS = {
+    "softcap": "a cap on scores", "s_aux": "learned attention sinks", "sinks": "learned attention sinks",
+    "position_bias": "a bias by position", "indices": "a choice of keys", "block_indices": "a choice of keys",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,30 @@ def name_of(pattern: Pattern | Scored) -> str:
     return type(pattern).__module__.rpartition(".")[2]
 
 
-def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[int, ...] | None = None) -> Policy:
+def refuse_additions(options: Mapping[str, Any]) -> None:
+    """Fails where a model adds to its attention what a pattern would leave out.
+
+    Args:
+        options: what the model hands to its attention function, by name.
+
+    Raises:
+        RuntimePolicyError: naming the first such addition.
+    """
+    for name, what in _ADDITIONS.items():
+        if options.get(name) is not None:
+            raise RuntimePolicyError(
+                f"a pattern does not go with {what}",
+                why=f"the model hands `{name}` to its attention, which would be left out",
+                hint="run the model without a pattern",
+            )
+
+
+def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: Sequence[int] | None = None) -> Policy:
     """Policy from a config section, a pattern's name, or a pattern.
+
+    Args:
+        section: one of these.
+        layers: the layers it is for, where the section does not say.
 
     Raises:
         UsageError: for an unknown pattern, option, or value.
@@ -119,7 +148,9 @@ def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[in
     if isinstance(section, str):
         section = {"pattern": section}
     if not isinstance(section, Mapping):
-        return Policy(section, layers)
+        if not (dataclasses.is_dataclass(section) and hasattr(section, "causal")) or isinstance(section, type):
+            raise UsageError(f"`{section}` is no pattern", hint="for example Power(), 'power' or {'pattern': 'power'}")
+        return Policy(section, _layers(layers))
     options = dict(section)
     name = options.pop("pattern", None)
     if not isinstance(name, str):
@@ -128,19 +159,29 @@ def policy(section: Mapping[str, Any] | str | Pattern | Scored, layers: tuple[in
     fastest = options.pop("fastest", False)
     if not isinstance(fastest, bool):
         raise UsageError(f"`fastest: {fastest}` is neither true nor false")
-    known = PATTERNS.get(name)
-    allowed = [field.name for field in dataclasses.fields(known)]
-    unknown = [key for key in options if key not in allowed]
-    if unknown:
-        raise UsageError(f"`{unknown[0]}` is no option of pattern `{name}`", hint=f"there are {', '.join(allowed)}")
-    if listed is not None and not (isinstance(listed, list | tuple) and all(type(n) is int for n in listed)):
-        raise UsageError(f"`layers: {listed}` is no list of layers", hint="for example layers=[2, 3]")
+    if problems := pattern_problems(name, options):
+        raise UsageError(problems[0].what, why=problems[0].why, hint=problems[0].hint)
+    if listed is not None and layers is not None:
+        raise UsageError("`layers` is given twice", why="in the section and beside it")
     if length is not None and (type(length) is not int or length < 1):
         raise UsageError(f"`length_tokens: {length}` is no length", why="it is a whole number of at least 1")
     if made_for is not None and not isinstance(made_for, Mapping):
         raise UsageError(f"`made_for: {made_for}` is no mapping", hint="take it out")
-    listed = layers if listed is None else tuple(listed)
-    return Policy(known(**options), listed, length, tuple(sorted((made_for or {}).items())), fastest)
+    listed = _layers(layers if listed is None else listed)
+    return Policy(PATTERNS.get(name)(**options), listed, length, tuple(sorted((made_for or {}).items())), fastest)
+
+
+def _layers(given: object) -> tuple[int, ...] | None:
+    """Numbers of layers as given.
+
+    Raises:
+        UsageError: for anything but a list of whole numbers.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, list | tuple | range) or any(type(n) is not int for n in given):
+        raise UsageError(f"`layers: {given}` is no list of layers", hint="for example layers=[2, 3]")
+    return tuple(given)
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from prunekit.core.errors import UsageError
 from prunekit.runtime.attention.patterns._checks import at_least
 from prunekit_kernels.block_sparse_prefill import BlockLists
 from prunekit_kernels.page_summaries import page_bounds, page_scores
@@ -42,6 +43,8 @@ class Quest:
     def __post_init__(self) -> None:
         at_least(self, page_tokens=1)
         at_least(self, budget_tokens=self.page_tokens)
+        if self.budget_tokens % self.page_tokens:
+            raise UsageError(f"`budget_tokens: {self.budget_tokens}` is no multiple of pages of {self.page_tokens}")
 
     @property
     def pages(self) -> tuple[int, int]:
