@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from prunekit_kernels.page_summaries.kept import KeptPages
 
 
 def bounds_reference(x: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
@@ -30,3 +33,21 @@ def page_scores_reference(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
     mine = q.squeeze(2).unflatten(1, (low.shape[1], -1))
     bounds = mine.clamp(min=0) @ high.transpose(2, 3) + mine.clamp(max=0) @ low.transpose(2, 3)
     return bounds.float().amax(2)
+
+
+def renew_reference(x: Tensor, filled: Tensor, kept: KeptPages) -> None:
+    """What `renew_pages` does; it asks the device how many keys there are."""
+    page = kept.newest.shape[2]
+    for b, n in enumerate(filled.tolist()):
+        for g, covered in enumerate(kept.covered[b].tolist()):
+            keys, newest = x[b : b + 1, g : g + 1, :n], kept.newest[b, g]
+            old = keys[0, 0, max(0, covered - page) : covered]
+            good = 0 < covered <= n and torch.equal(old, newest[page - len(old) :])
+            first = (covered - 1) // page if good else 0
+            made = keys[:, :, first * page :]
+            fresh = (means_reference(made, page),) if len(kept.summaries) == 1 else bounds_reference(made, page)
+            for all_pages, part in zip(kept.summaries, fresh, strict=True):
+                all_pages[b, g, first : first + part.shape[2]] = part[0, 0]
+            last = keys[0, 0, max(0, n - page) :]
+            newest[page - len(last) :] = last
+            kept.covered[b, g], kept.first[b, g] = n, first
