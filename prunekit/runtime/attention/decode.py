@@ -225,7 +225,8 @@ def _fixed_table(filled: Tensor, kv_heads: int, n_keys: int, size: int, keep: in
         each list begins and how many tokens it reads.
     """
     page, newest = torch.arange(-(-n_keys // size), device=filled.device), ((filled - 1) // size)[:, None, None]
-    scores = torch.where(page == newest, float("inf"), float("-inf"))
+    scores = torch.full((len(filled), 1, len(page)), float("-inf"), device=filled.device)
+    scores.masked_fill_(page == newest, float("inf"))
     last = filled - (filled - 1) // size * size
     tokens = torch.minimum(filled, last + (keep - 1) * size).to(torch.int32)[:, None].expand(-1, kv_heads).contiguous()
     starts = torch.arange(tokens.numel(), dtype=torch.int32, device=filled.device).view_as(tokens) * keep
