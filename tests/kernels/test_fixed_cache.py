@@ -56,6 +56,16 @@ def made_from(cache):
     return max(int(f.pages.first.max()) for place, f in kept._FIXED.items() if place[:-1] in places)
 
 
+def holds(pattern, cache):
+    """Whether what is kept for a cache is, bit by bit, what its keys say."""
+    for layer in cache.layers:
+        n_filled, pages = int(layer.cumulative_length), kept._FIXED[(*kept._place(layer.keys), pattern)].pages
+        for mine, fresh in zip(pages.summaries, pattern.summaries(layer.keys[:, :, :n_filled]), strict=True):
+            if not torch.equal(mine[:, :, : fresh.shape[2]], fresh):
+                return False
+    return True
+
+
 @pytest.mark.parametrize(("pattern", "size"), [(Quest(4, 24), 4), (BlockTopk(2), 128)], ids=str)
 def test_kept_pages_say_what_fresh_ones_say(model, pattern, size):
     with attach(model, pattern):
@@ -67,6 +77,7 @@ def test_kept_pages_say_what_fresh_ones_say(model, pattern, size):
                 step(model, tokens(1, n), cache)
                 # Only the page that the token before was in, and what follows.
                 assert made_from(cache) == (0 if n == 0 else (long + n - 1) // size)
+                assert holds(pattern, cache)
 
 
 def test_a_prompt_lets_all_pages_be_made_anew(model):
@@ -167,26 +178,18 @@ def large():
     return LlamaForCausalLM(LlamaConfig(**sizes)).to("cuda", torch.bfloat16).eval().requires_grad_(False)
 
 
-def prompted(model, prompt, cache):
-    return forward(model, prompt.cuda(), cache).argmax(-1)
+def written(model, cache, given):
+    """Logits of a step for each of the given tokens [B, n]."""
+    return torch.cat([forward(model, given[:, n : n + 1], cache).float() for n in range(given.shape[1])], 1)
 
 
-def written(model, new, cache, n):
-    """Tokens of `n` greedy steps, and the logits that chose them."""
-    found = []
-    for _ in range(n):
-        found.append(forward(model, new, cache).float())
-        new = found[-1].argmax(-1)
-    return torch.cat(found, 1)
-
-
-def captured(model, new, cache):
-    """A graph of one greedy step, with the tokens that it reads and writes and the logits that it gives.
+def captured(model, cache):
+    """A graph of one step, with the tokens that it reads and the logits that it writes.
 
     Three steps are run before, as capturing asks for; the cache is put back to where it was.
     """
     lengths = [layer.cumulative_length.clone() for layer in cache.layers]
-    ids = new.clone()
+    ids = torch.zeros(2, 1, dtype=torch.long, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -198,55 +201,88 @@ def captured(model, new, cache):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = forward(model, ids, cache).float()
-        ids.copy_(logits.argmax(-1))
     return graph, ids, logits
 
 
-def replayed(step, new, n):
+def replayed(step, given):
+    """As `written`, by a graph."""
     graph, ids, logits = step
-    ids.copy_(new)
     found = []
-    for _ in range(n):
+    for n in range(given.shape[1]):
+        ids.copy_(given[:, n : n + 1])
         graph.replay()
         found.append(logits.clone())
     return torch.cat(found, 1)
 
 
+def same(got, expected):
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    first, second = expected.topk(2).values.unbind(-1)
+    clear = first - second > 0.05
+    assert clear.float().mean() > 0.3
+    assert torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", [Quest(16, 128), BlockTopk(2), Power(64, 2), "dense"], ids=str)
 def test_a_captured_graph_writes_what_eager_steps_write(large, pattern):
+    prompts, given = [tokens(400, 0).cuda(), tokens(523, 1).cuda()], tokens(40, 2).cuda()
     with attach(large, pattern):
-        caches = [fixed(large, 768) for _ in range(3)]
-        prompts = [tokens(400, 0), tokens(523, 1), tokens(400, 0)]
-        news = [prompted(large, prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)]
+        right = []
+        for prompt in prompts:
+            cache = fixed(large, 768)
+            forward(large, prompt, cache)
+            right.append(written(large, cache, given))
         # Two graphs alive at once, replayed in turn.
-        one, two = (captured(large, new, cache) for new, cache in zip(news[:2], caches[:2], strict=True))
-        expected = written(large, news[2], caches[2], 40)
-        got = [replayed(one, news[0], 15)]
-        other = replayed(two, news[1], 40)
-        got.append(replayed(one, got[0][:, -1:].argmax(-1), 25))
-        torch.testing.assert_close(torch.cat(got, 1), expected, rtol=2e-2, atol=2e-2)
-        assert torch.equal(torch.cat(got, 1).argmax(-1), expected.argmax(-1))
-        # The caches of both graphs change prompts: what they kept must not outlive that.
-        for step, cache, prompt, right in ((two, caches[1], prompts[0], expected), (one, caches[0], prompts[1], other)):
+        caches, steps = [fixed(large, 768) for _ in prompts], []
+        for prompt, cache in zip(prompts, caches, strict=True):
+            forward(large, prompt, cache)
+            steps.append(captured(large, cache))
+        begun = replayed(steps[0], given[:, :15])
+        same(replayed(steps[1], given), right[1])
+        same(torch.cat([begun, replayed(steps[0], given[:, 15:])], 1), right[0])
+        # The caches change prompts: what was kept must not outlive that.
+        for step, cache, prompt, expected in zip(steps, caches, prompts[::-1], right[::-1], strict=True):
             cache.reset()
-            again = replayed(step, prompted(large, prompt, cache), 40)
-            torch.testing.assert_close(again, right, rtol=2e-2, atol=2e-2)
+            forward(large, prompt, cache)
+            same(replayed(step, given), expected)
 
 
 @pytest.mark.gpu
 def test_a_captured_step_makes_one_page_unless_the_cache_changed(large):
+    given = tokens(20, 2).cuda()
     with attach(large, Quest(16, 128)):
         cache = fixed(large, 768)
-        new = prompted(large, tokens(400, 0), cache)
-        step = captured(large, new, cache)
-        replayed(step, new, 20)
+        forward(large, tokens(400, 0).cuda(), cache)
+        step = captured(large, cache)
+        replayed(step, given)
         assert made_from(cache) == (400 + 20 - 2) // 16
+        assert holds(Quest(16, 128), cache)
     # A prompt that the pattern does not see, and a replay of what was captured under it.
     cache.reset()
-    new = prompted(large, tokens(419, 3), cache)
-    replayed(step, new, 1)
+    forward(large, tokens(419, 3).cuda(), cache)
+    replayed(step, given[:, :1])
     assert made_from(cache) == 0
+    assert holds(Quest(16, 128), cache)
+
+
+@pytest.mark.gpu
+def test_compiled_steps_in_cuda_graphs_keep_their_pages(large):
+    torch._dynamo.reset()
+    given = tokens(40, 2).cuda()
+    with attach(large, Quest(16, 128)):
+        caches = [fixed(large, 768) for _ in range(2)]
+        for cache in caches:
+            forward(large, tokens(400, 0).cuda(), cache)
+        expected = written(large, caches[0], given)
+        compiled, found = torch.compile(large.forward, mode="reduce-overhead", fullgraph=True), []
+        for n in range(40):
+            ids = given[:, n : n + 1].clone()
+            found.append(compiled(ids, **{CACHE: caches[1]}, use_cache=True).logits.float().clone())
+        # Fused kernels round otherwise, so that now and then another page is the best.
+        assert (torch.cat(found, 1) - expected).norm() <= 0.1 * expected.norm()
+        assert made_from(caches[1]) == (400 + 40 - 2) // 16
+        assert holds(Quest(16, 128), caches[1])
 
 
 @pytest.mark.gpu

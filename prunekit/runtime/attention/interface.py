@@ -168,7 +168,9 @@ def attention(
     _check(pattern, causal, dropout)
     n_queries, n_keys = query.shape[2], key.shape[2]
     if is_scored(pattern) and n_queries > 1 and not torch.compiler.is_compiling():
-        prompt_seen(pattern, module, cache, fixed=n_keys < cache.shape[2] and not cannot_ask(query))
+        # Steps over a padded cache keep no summaries.
+        fixed = n_keys < cache.shape[2] and attention_mask is None and not cannot_ask(query)
+        prompt_seen(pattern, module, cache, fixed)
     if not cannot_ask(query):
         # A compiled step sees all slots of its cache, not how many are filled.
         policy.require_length(n_keys)
