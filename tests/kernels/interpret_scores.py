@@ -164,7 +164,7 @@ if __name__ == "__main__":
                 "summarized": {str(t): summarized(t) for t in types},
                 "bounded": {str(t): bounded(t) for t in types},
                 "permuted": permuted(),
-                "renewed": [renewed(page, mean) for page in (4, 16) for mean in (False, True)],
+                "renewed": [renewed(page, mean) for page in (1, 16) for mean in (False, True)],
                 "merged": {str(t): merged(t) for t in types},
             }
         )

@@ -51,9 +51,10 @@ def step(model, ids, cache):
 
 
 def made_from(cache):
-    """First page that the last step made, the most over layers, sequences and heads."""
+    """First page that the last step made, one for all layers."""
     places = [kept._place(layer.keys) for layer in cache.layers]
-    return max(int(f.pages.first.max()) for place, f in kept._FIXED.items() if place[:-1] in places)
+    (first,) = {int(f.pages.first.min()) for place, f in kept._FIXED.items() if place[:-1] in places}
+    return first
 
 
 def holds(pattern, cache):
@@ -147,7 +148,7 @@ def test_layers_that_stay_dense_read_what_is_filled(model):
         assert (step(model, tokens(1, 1), cache) - dense).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("pattern", ["dense", Quest(4, 24), BlockTopk(1), Power(8, 2)], ids=str)
+@pytest.mark.parametrize("pattern", [Quest(4, 24), Power(8, 2)], ids=str)
 def test_compiled_steps_equal_eager_ones(model, pattern):
     torch._dynamo.reset()
     with attach(model, pattern):

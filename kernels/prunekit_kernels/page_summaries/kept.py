@@ -19,7 +19,7 @@ class KeptPages:
         summaries: means, or smallest and largest values, [B, G, P, D] each, contiguous.
         newest: [B, G, page_tokens, D], the last keys that the summaries cover, at the end.
         covered: int32 [B, G], how many keys the summaries cover; zero makes all pages be made again.
-        first: int32 [B, G], room for the first page that a step makes again.
+        first: int32 [B, G], room for the first page that a step makes again as far as a head tells; the least counts.
     """
 
     summaries: tuple[Tensor, ...]

@@ -103,9 +103,9 @@ def can_renew(x: Tensor, page_tokens: int) -> bool:
 def renew_pages(x: Tensor, filled: Tensor, kept: KeptPages) -> None:
     """Brings kept summaries up to the keys that a cache holds now, in place.
 
-    Of each head, pages that were full are left alone if the cache holds at least as many keys as then and the newest of
-    then, one page of them, are still where they were. Otherwise all are made again. On a GPU nothing is asked of the
-    device, so that a captured step decides this anew in each replay.
+    Pages that were full are left alone if the cache holds at least as many keys as then and the newest of then, as many
+    as a page has, are still where they were, in all sequences and heads. Otherwise all are made again. On a GPU nothing
+    is asked of the device, so that a captured step decides this anew in each replay.
 
     Args:
         x: keys [B, G, T, D], of which `can_renew` is true.

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from prunekit_kernels.page_summaries.kept import KeptPages
 
+# A step makes one page: of 8,192 pages, programs that find nothing to do should be few.
+SPAN = 8
+
 
 @triton.jit
 def _reduced(
@@ -69,7 +72,7 @@ def _compared(
     x_ptr, filled_ptr, newest_ptr, covered_ptr, first_ptr, stride_b, stride_g, stride_t, heads,
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The first page of one head that is to be made again: none that was full if its newest keys are as they were.
+    """The first page to be made again as far as one head tells: none that was full if its newest keys are as they were.
 
     Then remembers the newest keys of now, and how many there are.
     """
@@ -101,17 +104,19 @@ def _compared(
 def _renewed(
     x_ptr, filled_ptr, from_ptr, first_ptr, second_ptr, stride_b, stride_g, stride_t, heads, n_pages,
     PAGE: tl.constexpr, PAGES: tl.constexpr, UNROLL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MEAN: tl.constexpr,
+    MEAN: tl.constexpr, LINES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Summaries of those of PAGES pages that `_compared` wants; programs without one leave at once."""
+    """Summaries of those of SPAN times PAGES pages that `_compared` wants for any head, which are mostly none."""
     line = tl.program_id(1)
+    lines = tl.arange(0, LINES)
+    wanted = tl.min(tl.load(from_ptr + lines, mask=lines < tl.num_programs(1), other=2147483647), 0)
     n = tl.load(filled_ptr + line // heads)
     newest = (n - 1) // PAGE
-    first = tl.program_id(0) * PAGES
-    if (first + PAGES > tl.load(from_ptr + line)) & (first <= newest):
+    at_d = tl.arange(0, BLOCK_D)
+    x_at = x_ptr + (line // heads).to(tl.int64) * stride_b + (line % heads).to(tl.int64) * stride_g + at_d[None, :]
+    begin = tl.program_id(0) * PAGES * SPAN
+    for first in range(tl.maximum(begin, wanted // PAGES * PAGES), tl.minimum(begin + PAGES * SPAN, newest + 1), PAGES):
         page = first + tl.arange(0, PAGES)
-        at_d = tl.arange(0, BLOCK_D)
-        x_at = x_ptr + (line // heads).to(tl.int64) * stride_b + (line % heads).to(tl.int64) * stride_g + at_d[None, :]
         low, high = _reduced(x_at, page, n, stride_t, PAGE, PAGES, UNROLL, DIM, BLOCK_D, MEAN)
         out = (line.to(tl.int64) * n_pages + page)[:, None] * DIM + at_d[None, :]
         store = (page <= newest)[:, None] & (page < n_pages)[:, None] & (at_d < DIM)[None, :]
@@ -155,10 +160,10 @@ def renew(x: Tensor, filled: Tensor, kept: KeptPages) -> None:
         x, filled, kept.newest, kept.covered, kept.first, x.stride(0), x.stride(1), x.stride(2), heads,
         PAGE=page, DIM=dim, BLOCK_D=block_d, num_warps=4 if page * block_d <= 4096 else 8,
     )  # fmt: skip
-    _renewed[(triton.cdiv(n_pages, pages), batch * heads)](
+    _renewed[(triton.cdiv(n_pages, pages * SPAN), batch * heads)](
         x, filled, kept.first, first, second, x.stride(0), x.stride(1), x.stride(2), heads, n_pages,
         PAGE=page, PAGES=pages, UNROLL=min(16, page), DIM=dim, BLOCK_D=block_d, MEAN=len(kept.summaries) == 1,
-        num_warps=4 if pages >= 8 else 1,
+        LINES=triton.next_power_of_2(batch * heads), SPAN=SPAN, num_warps=4 if pages >= 8 else 1,
     )  # fmt: skip
 
 

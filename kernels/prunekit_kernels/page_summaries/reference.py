@@ -37,17 +37,20 @@ def page_scores_reference(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def renew_reference(x: Tensor, filled: Tensor, kept: KeptPages) -> None:
     """What `renew_pages` does; it asks the device how many keys there are."""
-    page = kept.newest.shape[2]
-    for b, n in enumerate(filled.tolist()):
+    page, lengths = kept.newest.shape[2], filled.tolist()
+    for b, n in enumerate(lengths):
         for g, covered in enumerate(kept.covered[b].tolist()):
-            keys, newest = x[b : b + 1, g : g + 1, :n], kept.newest[b, g]
-            old = keys[0, 0, max(0, covered - page) : covered]
+            keys, newest = x[b, g, :n], kept.newest[b, g]
+            old = keys[max(0, covered - page) : covered]
             good = 0 < covered <= n and torch.equal(old, newest[page - len(old) :])
-            first = (covered - 1) // page if good else 0
-            made = keys[:, :, first * page :]
+            kept.first[b, g] = (covered - 1) // page if good else 0
+            last = keys[max(0, n - page) :]
+            newest[page - len(last) :] = last
+    first = int(kept.first.min())
+    for b, n in enumerate(lengths):
+        made = x[b : b + 1, :, first * page : n]
+        if made.shape[2]:
             fresh = (means_reference(made, page),) if len(kept.summaries) == 1 else bounds_reference(made, page)
             for all_pages, part in zip(kept.summaries, fresh, strict=True):
-                all_pages[b, g, first : first + part.shape[2]] = part[0, 0]
-            last = keys[0, 0, max(0, n - page) :]
-            newest[page - len(last) :] = last
-            kept.covered[b, g], kept.first[b, g] = n, first
+                all_pages[b, :, first : first + part.shape[2]] = part[0]
+    kept.covered[:] = filled[:, None]
