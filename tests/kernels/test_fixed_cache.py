@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from prunekit.core.errors import RuntimePolicyError
 from prunekit.runtime import attach
-from prunekit.runtime.attention import kept
+from prunekit.runtime.attention import interface, kept
 from prunekit.runtime.attention.patterns.block_topk import BlockTopk
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.quest import Quest
@@ -160,6 +160,28 @@ def test_compiled_steps_equal_eager_ones(model, pattern):
             expected = forward(model, tokens(1, n), caches[0])
             got = compiled(tokens(1, n), **{CACHE: caches[1]}, use_cache=True).logits[:, -1:]
             torch.testing.assert_close(got, expected)
+
+
+def test_masks_of_steps_have_one_shape_whatever_is_filled(model):
+    for n in (70, 71):
+        padding = torch.ones(2, n + 1, dtype=torch.bool)
+        assert interface.attention_mask(2, 1, 96, torch.tensor(n), attention_mask=padding).tolist() == [[[[n + 1]]]] * 2
+        padding[0, :5] = False
+        mask = interface.attention_mask(2, 1, 96, torch.tensor(n), attention_mask=padding)
+        assert mask.shape == (2, 96)
+        assert torch.equal(mask[:, : n + 1], padding)
+        assert not mask[:, n + 1 :].any()
+    # Its width is not the length of a sequence.
+    padding = torch.ones(2, 71, dtype=torch.long)
+    padding[0, :5] = 0
+    with attach(model, {"pattern": "power", "length_tokens": 71}):
+        cache = fixed(model)
+        model(tokens(70, 0), attention_mask=padding[:, :70], **{CACHE: cache}, use_cache=True)
+        model(tokens(1, 0), attention_mask=padding, **{CACHE: cache}, use_cache=True)
+        with pytest.raises(RuntimePolicyError, match="a sequence of 72 tokens"):
+            model(
+                tokens(1, 0), attention_mask=torch.cat([padding, padding[:, -1:]], 1), **{CACHE: cache}, use_cache=True
+            )
 
 
 def test_only_patterns_by_score_score_pages(model):

@@ -71,7 +71,7 @@ def attention_mask(
         None for a plain causal or plain bidirectional batch without padding that fills the keys; bool [B, n] for one
         with padding on the left or right, uint8 [B, n] for one without, where only the first n slots of a cache of
         fixed size are filled; int32 [B, 1, 1, 1] for a step of one token over such a cache, how many slots are filled;
-        bool [B, T] for such a step compiled with padding; bool [B, 1, Q, T] for everything else.
+        bool [B, T] for such a step with padding; bool [B, 1, Q, T] for everything else.
     Raises:
         RuntimePolicyError: if a batch padded on the left comes under a mask that is neither.
     """
@@ -96,7 +96,8 @@ def attention_mask(
             device = options.get("device", "cpu")
             return None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.uint8, device=device)
         if plain and padding is not None and padding.shape[1] == filled and _in_one_piece(padding):
-            return padding
+            # Of one width in all steps: `generate` hands it to a compiled model, which has a graph for each width.
+            return pad(padding, (0, kv_length - filled)) if one else padding
     if padding is not None and not bool(padding[:, 0].all()):
         raise RuntimePolicyError(
             "a batch padded on the left comes with a mask that is more than causality and padding",
@@ -173,7 +174,8 @@ def attention(
         prompt_seen(pattern, module, cache, fixed)
     if not cannot_ask(query):
         # A compiled step sees all slots of its cache, not how many are filled.
-        policy.require_length(n_keys)
+        wide = policy.length_tokens is not None and attention_mask is not None and attention_mask.dim() == 2
+        policy.require_length(int(spans_of(attention_mask)[1].max()) if wide else n_keys)
     _say_if_slow(query, key)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
         raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")

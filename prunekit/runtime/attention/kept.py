@@ -89,7 +89,7 @@ def growing_summaries(pattern: Scored, layer: nn.Module, key: Tensor) -> tuple[T
         if known != pattern or kept is None or not kept.fits(key):
             kept = KeptPages.room(key, size, n_pages + n_pages // 8 + 8, _is_mean(pattern, key))
         kept = kept.grown(n_pages)
-    renew_pages(key, _count(key.shape[2], len(key), str(key.device)), kept)
+    renew_pages(key.detach(), _count(key.shape[2], len(key), str(key.device)), kept)
     _GROWING[layer] = (pattern, kept)
     return tuple(t[:, :, :n_pages] for t in kept.summaries)
 
