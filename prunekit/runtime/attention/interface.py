@@ -145,7 +145,7 @@ def attention(
     policy = policy_at(number)
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int32:
         filled = _asked(policy, attention_mask, key)
         if filled is None:
             _check(policy.pattern, causal, dropout)
