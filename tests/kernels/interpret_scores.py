@@ -15,8 +15,14 @@ from prunekit_kernels.block_sparse_prefill import backward, cases, portable
 from prunekit_kernels.block_sparse_prefill.reference import backward_reference, reference
 from prunekit_kernels.merge import portable as merge
 from prunekit_kernels.merge.op import merge_reference
+from prunekit_kernels.page_summaries import KeptPages
 from prunekit_kernels.page_summaries import portable as summaries
-from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference, page_scores_reference
+from prunekit_kernels.page_summaries.reference import (
+    bounds_reference,
+    means_reference,
+    page_scores_reference,
+    renew_reference,
+)
 from prunekit_kernels.permute import portable as permute
 
 FOLDED = ((1, 4, 2, 100, 100, 64, 8, 32, 32, True), (1, 2, 2, 70, 200, 80, 8, 64, 32, False))
@@ -103,6 +109,30 @@ def bounded(dtype):
     )
 
 
+def renewed(page, mean):
+    """Whether pages kept over steps, jumps, other and shorter caches are what the reference keeps, and no more made."""
+    generator = torch.Generator().manual_seed(10)
+    # Small integers, whose means of a full page are exact in bfloat16.
+    draws = [torch.randint(-4, 5, (2, 2, 100, 80), generator=generator).to(torch.bfloat16) for _ in range(2)]
+    mine, other = (KeptPages.room(draws[0], page, -(-100 // page), mean) for _ in range(2))
+    firsts = []
+    for which, rows in ((0, (20, 70)), (0, (21, 71)), (0, (37, 71)), (1, (38, 72)), (1, (39, 72)), (1, (5, 100))):
+        filled = torch.tensor(rows, dtype=torch.int32)
+        summaries.renew(draws[which], filled, mine)
+        renew_reference(draws[which], filled, other)
+        firsts.append(mine.first.tolist())
+        pairs = [(mine.covered, other.covered), (mine.first, other.first), (mine.newest, other.newest)]
+        if not all(
+            torch.allclose(a, b, rtol=1e-2) for a, b in (*pairs, *zip(mine.summaries, other.summaries, strict=True))
+        ):
+            return False
+    mine.covered.zero_()
+    summaries.renew(draws[1], filled, mine)
+    rows = [[row[0] for row in first] for first in firsts]
+    last = [(n - 1) // page for n in (20, 70, 21, 71, 37, 71, 38, 72)]
+    return rows == [[0, 0], last[0:2], last[2:4], [0, 0], last[6:8], [0, last[7]]] and not mine.first.any()
+
+
 def permuted():
     """Whether tokens stored as models store them come in the order asked for."""
     generator = torch.Generator().manual_seed(9)
@@ -134,6 +164,7 @@ if __name__ == "__main__":
                 "summarized": {str(t): summarized(t) for t in types},
                 "bounded": {str(t): bounded(t) for t in types},
                 "permuted": permuted(),
+                "renewed": [renewed(page, mean) for page in (1, 16) for mean in (False, True)],
                 "merged": {str(t): merged(t) for t in types},
             }
         )

@@ -169,6 +169,10 @@ def test_interpreted_permutation_is_exact(interpreted):
     assert interpreted["permuted"]
 
 
+def test_interpreted_kept_pages_are_those_of_the_reference(interpreted):
+    assert interpreted["renewed"] == [True] * 4
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_interpreted_summaries_and_merge_equal_float64(interpreted, dtype):
     exact, means = interpreted["summarized"][str(dtype)]

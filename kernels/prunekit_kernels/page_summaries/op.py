@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from prunekit_kernels._device import HALF, no_kernels
-from prunekit_kernels.page_summaries.reference import bounds_reference, means_reference, page_scores_reference
+from prunekit_kernels.page_summaries.kept import KeptPages
+from prunekit_kernels.page_summaries.reference import (
+    bounds_reference,
+    means_reference,
+    page_scores_reference,
+    renew_reference,
+)
 
 MAX_PAGE = 256
 
@@ -87,3 +93,27 @@ def page_scores(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
         float32 [B, G, P], of the H / G query heads of a key-value head the largest.
     """
     return _scores(q, low, high)
+
+
+def can_renew(x: Tensor, page_tokens: int) -> bool:
+    """Whether summaries of a cache can be kept without asking the device anything, or where asking costs nothing."""
+    return not x.is_cuda or (_takes(x, page_tokens) and x.dtype in HALF)
+
+
+def renew_pages(x: Tensor, filled: Tensor, kept: KeptPages) -> None:
+    """Brings kept summaries up to the keys that a cache holds now, in place.
+
+    Pages that were full are left alone if the cache holds at least as many keys as then and the newest of then, as many
+    as a page has, are still where they were, in all sequences and heads. Otherwise all are made again. On a GPU nothing
+    is asked of the device, so that a captured step decides this anew in each replay.
+
+    Args:
+        x: keys [B, G, T, D], of which `can_renew` is true.
+        filled: int32 [B], how many of the T each sequence holds, 1 or more.
+        kept: with room for all pages of them.
+    """
+    if not x.is_cuda:
+        return renew_reference(x, filled, kept)
+    from prunekit_kernels.page_summaries import portable
+
+    return portable.renew(x, filled, kept)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from prunekit_kernels.page_summaries.kept import KeptPages
 
 
 def bounds_reference(x: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
@@ -30,3 +33,24 @@ def page_scores_reference(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
     mine = q.squeeze(2).unflatten(1, (low.shape[1], -1))
     bounds = mine.clamp(min=0) @ high.transpose(2, 3) + mine.clamp(max=0) @ low.transpose(2, 3)
     return bounds.float().amax(2)
+
+
+def renew_reference(x: Tensor, filled: Tensor, kept: KeptPages) -> None:
+    """What `renew_pages` does; it asks the device how many keys there are."""
+    page, lengths = kept.newest.shape[2], filled.tolist()
+    for b, n in enumerate(lengths):
+        for g, covered in enumerate(kept.covered[b].tolist()):
+            keys, newest = x[b, g, :n], kept.newest[b, g]
+            old = keys[max(0, covered - page) : covered]
+            good = 0 < covered <= n and torch.equal(old, newest[page - len(old) :])
+            kept.first[b, g] = (covered - 1) // page if good else 0
+            last = keys[max(0, n - page) :]
+            newest[page - len(last) :] = last
+    first = int(kept.first.min())
+    for b, n in enumerate(lengths):
+        made = x[b : b + 1, :, first * page : n]
+        if made.shape[2]:
+            fresh = (means_reference(made, page),) if len(kept.summaries) == 1 else bounds_reference(made, page)
+            for all_pages, part in zip(kept.summaries, fresh, strict=True):
+                all_pages[b, :, first : first + part.shape[2]] = part[0]
+    kept.covered[:] = filled[:, None]

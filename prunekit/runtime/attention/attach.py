@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit.core.errors import RuntimePolicyError
-from prunekit.runtime.attention.decode import forget
 from prunekit.runtime.attention.interface import NAME, register, say_slow
+from prunekit.runtime.attention.kept import forget
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
 from prunekit.runtime.attention.policy import model_facts, policy

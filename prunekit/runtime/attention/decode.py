@@ -9,19 +9,23 @@ Shapes: B batch, H query heads, G key-value heads, T keys, D head size, P pages.
 from __future__ import annotations
 
 import functools
-import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from prunekit.runtime.attention.kept import find_room, fixed_page_scores, growing_summaries
 from prunekit.runtime.attention.patterns._engine import Pattern, order_of
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
+from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit_kernels.block_scores import select_blocks
 from prunekit_kernels.sparse_decode import PageLists, sparse_decode
 
 WHOLE_PAGE = 64
+Made = TypeVar("Made")
 
 
 def step(
@@ -53,15 +57,46 @@ def step(
     return sparse_decode(query, key, value, lists, scale=scaling)[0]
 
 
+def fixed_step(
+    pattern: Pattern | Scored, number: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    filled: Tensor, scaling: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention of the newest token of each sequence over a cache of fixed size, the same eager, compiled or captured.
+
+    How far the cache is filled is known to the device alone.
+
+    Args:
+        pattern: what it reads, none with an order of its own.
+        number: of the policy that names it, if it chooses by score.
+        module: the attention layer.
+        query: [B, H, 1, D].
+        key: [B, G, T, D]; `value` alike.
+        filled: int32 [B, 1, 1, 1], how many of the T tokens are there, the newest among them. All layers of a step
+            share the tensor.
+        scaling: factor on the scores, 1 / sqrt(D) if None.
+    Returns:
+        [B, H, 1, D].
+    """
+    counts, (kv_heads, n_keys) = filled.view(-1), key.shape[1:3]
+    size, keep = pattern.pages if is_scored(pattern) else (0, 0)
+    if isinstance(pattern, Dense) or (is_scored(pattern) and -(-n_keys // size if size else 0) <= keep):
+        lists = _shared(filled, module, ("whole", kv_heads), lambda: _first_tokens(counts, kv_heads, n_keys))
+    elif is_scored(pattern):
+        if not cannot_ask(key):
+            find_room(pattern, module, key)
+        scores = fixed_page_scores(query, key, counts, number)
+        shape = _shared(
+            filled, module, (size, keep, kv_heads), lambda: _fixed_table(counts, kv_heads, n_keys, size, keep)
+        )
+        lists = _fixed_lists(scores, shape, n_keys, size, keep)
+    else:
+        lists = _shared(filled, module, (pattern, kv_heads), lambda: _allowed_tokens(pattern, counts, kv_heads, n_keys))
+    return sparse_decode(query, key, value, lists, scale=scaling)[0]
+
+
 def cannot_ask(tensor: Tensor) -> bool:
     """Whether the values of a tensor cannot be looked at now, because the step is being compiled or captured."""
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def forget(model: nn.Module) -> None:
-    """Drops the page summaries that are kept for the layers of a model."""
-    for module in model.modules():
-        _KEPT.pop(module, None)
 
 
 def spans_of(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +154,8 @@ def _scored_lists(pattern: Scored, module: nn.Module, query: Tensor, key: Tensor
         used = pad(mask, (0, n_pages * size - n_keys)).unflatten(1, (n_pages, size)).any(2)
         scores = scores.masked_fill(~used[:, None], float("-inf")).scatter(2, newest // size, float("inf"))
     else:
-        scores = pattern.page_scores(query, _kept_summaries(pattern, module, key))
+        summaries = pattern.summaries(key) if cannot_ask(key) else growing_summaries(pattern, module, key)
+        scores = pattern.page_scores(query, summaries)
     _, _, table = select_blocks(
         scores.flatten(0, 1).unsqueeze(1), 1, n_keys, block_q=1, block_k=size, q_offset=n_keys - 1, keep=keep, sink=0,
         window=1 if mask is None else 0, ascending=True,
@@ -147,58 +183,65 @@ def _table_shape(batch: int, kv_heads: int, width: int, tokens: int, device: str
     return starts, torch.full((batch, kv_heads), tokens, dtype=torch.int32, device=device)
 
 
-@dataclass
-class _Kept:
-    """Page summaries of a layer's cache, with room to grow, and the newest keys they were made from."""
-
-    pattern: Scored
-    room: tuple[Tensor, ...]
-    n_keys: int
-    newest: Tensor
-
-    def continues(self, pattern: Scored, key: Tensor) -> bool:
-        """Whether `key` is the same cache with tokens added, as far as its newest page tells."""
-        at = slice(self.n_keys - self.newest.shape[2], self.n_keys)
-        return (
-            pattern == self.pattern
-            and key.shape[2] >= self.n_keys
-            and key.shape[:2] == self.newest.shape[:2]
-            and key.dtype == self.newest.dtype
-            and key.device == self.newest.device
-            and torch.equal(key[:, :, at], self.newest)
-        )
+# What the layers of a step share, by the tensor that says how far their cache is filled, and gone with it; beside it
+# the last layer that asked.
+_SHARED = WeakTensorKeyDictionary()
 
 
-# By layer, and gone with it. The alternative is an attribute on a module that is not ours.
-_KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+def _shared(filled: Tensor, module: nn.Module, what: object, make: Callable[[], Made]) -> Made:
+    """What `make` made for an earlier layer of this step.
 
-
-def _kept_summaries(pattern: Scored, module: nn.Module, key: Tensor) -> tuple[Tensor, ...]:
-    """Summaries of all pages, computed only for pages that are new or were not full at the last step.
-
-    A cache whose newest page changed since, by another prompt or reordered beams, is read anew. So it is in a compiled
-    or captured step, which cannot ask.
+    The first layer of a step always makes its own: what was made while one graph was captured is none of another's.
     """
-    if cannot_ask(key):
-        return pattern.summaries(key)
-    size = pattern.pages[0]
-    n_keys = key.shape[2]
-    n_pages = -(-n_keys // size)
-    kept = _KEPT.get(module)
-    if kept is None or not kept.continues(pattern, key):
-        fresh = pattern.summaries(key)
-        room = tuple(torch.empty(*t.shape[:2], 0, t.shape[3], dtype=t.dtype, device=t.device) for t in fresh)
-        first = 0
-    else:
-        first = kept.n_keys // size
-        fresh = pattern.summaries(key[:, :, first * size :])
-        room = kept.room
-    if room[0].shape[2] < n_pages:
-        grown = tuple(t.new_empty(*t.shape[:2], n_pages + n_pages // 8 + 8, t.shape[3]) for t in room)
-        for new, old in zip(grown, room, strict=True):
-            new[:, :, : old.shape[2]] = old
-        room = grown
-    for all_pages, part in zip(room, fresh, strict=True):
-        all_pages[:, :, first:n_pages] = part
-    _KEPT[module] = _Kept(pattern, room, n_keys, key[:, :, max(0, n_keys - size) :].clone())
-    return tuple(t[:, :, :n_pages] for t in room)
+    layer = getattr(module, "layer_idx", None)
+    if torch.compiler.is_compiling() or layer is None:
+        return make()
+    last, made = _SHARED.get(filled, (layer, {}))
+    if layer <= last:
+        made = {}
+    if what not in made:
+        made[what] = make()
+    _SHARED[filled] = (layer, made)
+    found: Made = made[what]
+    return found
+
+
+def _first_tokens(filled: Tensor, kv_heads: int, n_keys: int) -> PageLists:
+    """Lists of all tokens that are there."""
+    return PageLists.whole(filled[:, None].expand(-1, kv_heads), n_keys, WHOLE_PAGE)
+
+
+def _allowed_tokens(pattern: Pattern, filled: Tensor, kv_heads: int, n_keys: int) -> PageLists:
+    """Lists of the tokens that a pattern by position lets the newest one read."""
+    k, newest = torch.arange(n_keys, device=filled.device), filled[:, None] - 1
+    return PageLists.from_mask((pattern.allows(newest, k) & (k <= newest))[:, None], kv_heads)
+
+
+def _fixed_table(filled: Tensor, kv_heads: int, n_keys: int, size: int, keep: int) -> tuple[Tensor, ...]:
+    """What a table of the best pages is made with, besides scores.
+
+    Returns:
+        Bool [B, 1, P], the newest page and those after it; float32 [B, 1, P], their scores instead; int32 [B, G], where
+        each list begins and how many tokens it reads.
+    """
+    page, newest = torch.arange(-(-n_keys // size), device=filled.device), ((filled - 1) // size)[:, None, None]
+    scores = torch.full((len(filled), 1, len(page)), float("-inf"), device=filled.device)
+    scores.masked_fill_(page == newest, float("inf"))
+    last = filled - (filled - 1) // size * size
+    tokens = torch.minimum(filled, last + (keep - 1) * size).to(torch.int32)[:, None].expand(-1, kv_heads).contiguous()
+    starts = torch.arange(tokens.numel(), dtype=torch.int32, device=filled.device).view_as(tokens) * keep
+    return page >= newest, scores, starts, tokens
+
+
+def _fixed_lists(scores: Tensor, shape: tuple[Tensor, ...], n_keys: int, size: int, keep: int) -> PageLists:
+    """The pages with the best scores, in order, so that pages that nobody filled come last and are not read."""
+    special, instead, starts, tokens = shape
+    scores = torch.where(special, instead, scores)
+    _, _, table = select_blocks(
+        scores.flatten(0, 1).unsqueeze(1), 1, n_keys, block_q=1, block_k=size, q_offset=n_keys - 1, keep=keep, sink=0,
+        window=0, ascending=True,
+    )  # fmt: skip
+    return PageLists(
+        indices=table[:, 0, :keep].reshape(-1), starts=starts, tokens=tokens, page_tokens=size, paged=False,
+        longest=keep * size, total=tokens.numel() * keep * size,
+    )  # fmt: skip

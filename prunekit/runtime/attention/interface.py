@@ -22,11 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from prunekit.core.errors import RuntimePolicyError
-from prunekit.runtime.attention.decode import cannot_ask, spans_of, step
+from prunekit.runtime.attention.decode import cannot_ask, fixed_step, spans_of, step
+from prunekit.runtime.attention.kept import prompt_seen
 from prunekit.runtime.attention.patterns._engine import Pattern, block_lists, order_of
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit.runtime.attention.patterns.dense import Dense
-from prunekit.runtime.attention.policy import policy_of, refuse_additions
+from prunekit.runtime.attention.policy import Policy, policy_at, policy_number, refuse_additions
 from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, refusal
 from prunekit_kernels.block_sparse_prefill.fastest import prefill_fastest
 from prunekit_kernels.permute import permute_tokens
@@ -69,28 +70,35 @@ def attention_mask(
     Returns:
         None for a plain causal or plain bidirectional batch without padding that fills the keys; bool [B, n] for one
         with padding on the left or right, uint8 [B, n] for one without, where only the first n slots of a cache of
-        fixed size are filled; bool [B, T] for a compiled step over such a cache; bool [B, 1, Q, O + T] for everything
-        else, O being how many tokens a sliding cache no longer holds.
+        fixed size are filled; int32 [B, 1, 1, 1] for a step of one token over such a cache, how many slots are filled;
+        bool [B, T] for such a step with padding; bool [B, 1, Q, O + T] for everything else, O being how many tokens a
+        sliding cache no longer holds.
     Raises:
         RuntimePolicyError: if a batch padded on the left comes under a mask that is neither.
     """
     padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     plain = mask_function in (causal_mask_function, bidirectional_mask_function) and kv_offset == 0
+    one = isinstance(q_offset, Tensor) and q_length == 1 and mask_function is causal_mask_function
+    if plain and one and padding is None:
+        return _filled_slots(q_offset, batch_size)
     if plain and isinstance(q_offset, Tensor) and cannot_ask(q_offset):
-        if q_length == 1 and mask_function is causal_mask_function:
+        if one and padding is not None:
             rows = (torch.arange(kv_length, device=q_offset.device) <= q_offset).expand(batch_size, -1)
-            return rows if padding is None else rows & pad(padding, (0, kv_length - padding.shape[1]))
+            return rows & pad(padding, (0, kv_length - padding.shape[1]))
     elif plain:
         filled = int(q_offset) + q_length
         plain = filled == kv_length or (filled < kv_length and mask_function is causal_mask_function)
         padding = padding if padding is None else padding[:, :filled]
         if padding is not None and padding.shape[1] == filled and bool(padding.all()):
             padding = None
+            if one:
+                return _filled_slots(q_offset, batch_size)
         if plain and padding is None:
             device = options.get("device", "cpu")
             return None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.uint8, device=device)
         if plain and padding is not None and padding.shape[1] == filled and _in_one_piece(padding):
-            return padding
+            # Of one width in all steps: `generate` hands it to a compiled model, which has a graph for each width.
+            return pad(padding, (0, kv_length - filled)) if one else padding
     if padding is not None and not bool(padding[:, 0].all()):
         raise RuntimePolicyError(
             "a batch padded on the left comes with a mask that is more than causality and padding",
@@ -103,6 +111,14 @@ def attention_mask(
         mask_function=mask_function, attention_mask=attention_mask, **options,
     )  # fmt: skip
     return pad(mask, (kv_offset, 0), value=False) if kv_offset else mask
+
+
+def _filled_slots(q_offset: Tensor, batch_size: int) -> Tensor:
+    """How many slots of a cache of fixed size are filled in a step of one token, int32 [B, 1, 1, 1].
+
+    Four dimensions, because transformers takes such a mask as it is where `generate` hands it to a compiled model.
+    """
+    return (q_offset + 1).to(torch.int32).reshape(1, 1, 1, 1).repeat(batch_size, 1, 1, 1)
 
 
 def _in_one_piece(padding: Tensor) -> bool:
@@ -128,10 +144,19 @@ def attention(
         RuntimePolicyError: if the pattern is for another model or shorter sequences, if pattern and module disagree on
             causality, if dropout is asked for, or if the module adds to attention what a pattern would leave out.
     """
-    policy = policy_of(module.config)
+    number = policy_number(module.config)
+    policy = policy_at(number)
     refuse_additions(options)
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int32:
+        filled = _asked(policy, attention_mask, key)
+        if filled is None:
+            _check(policy.pattern, causal, dropout)
+            out = _fixed(policy, number, module, query, key, value, attention_mask, scaling)
+            return out.transpose(1, 2).contiguous(), None
+        key, value, attention_mask = key[:, :, :filled], value[:, :, :filled], None
+    cache = key
     if attention_mask is not None and attention_mask.dim() == 2:
         filled = attention_mask.shape[1]
         key, value = key[:, :, :filled], value[:, :, :filled]
@@ -158,11 +183,15 @@ def attention(
             hint="run the model without a pattern",
         )
     n_queries, n_keys = query.shape[2], key.shape[2]
+    if is_scored(pattern) and n_queries > 1 and not torch.compiler.is_compiling():
+        # Steps over a padded cache keep no summaries.
+        fixed = n_keys < cache.shape[2] and attention_mask is None and not cannot_ask(query)
+        prompt_seen(pattern, module, cache, fixed)
     if not cannot_ask(query):
         # A compiled step sees all slots of its cache, not how many are filled.
-        policy.require_length(gone + n_keys)
-    if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
-        say_slow(reason)
+        wide = policy.length_tokens is not None and attention_mask is not None and attention_mask.dim() == 2
+        policy.require_length(int(spans_of(attention_mask)[1].max()) if wide else gone + n_keys)
+    _say_if_slow(query, key)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
         raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
     rows = False if gone else _step_mask(attention_mask, n_queries, n_keys, causal)
@@ -176,6 +205,42 @@ def attention(
             _require_one_text(pattern, options.get("position_ids"), attention_mask)
         out = _masked(pattern, query, key, value, attention_mask, causal, scaling, gone)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _asked(policy: Policy, filled: Tensor, key: Tensor) -> int | None:
+    """How many slots of a cache of fixed size are filled, where a pattern on a grid has to know.
+
+    Raises:
+        RuntimePolicyError: for a sequence that is too long, or a pattern on a grid in a compiled or captured step.
+    """
+    pattern = policy.pattern
+    if cannot_ask(key):
+        if not is_scored(pattern) and order_of(pattern, key.shape[2]) is not None:
+            raise RuntimePolicyError(
+                "a pattern on a grid does not go with padding or a mask", hint="run without either"
+            )
+        return None
+    grid = hasattr(pattern, "order")
+    if not grid and policy.length_tokens is None:
+        return None
+    n_filled = int(filled.max())
+    policy.require_length(n_filled)
+    return n_filled if grid else None
+
+
+def _fixed(
+    policy: Policy, number: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, filled: Tensor,
+    scaling: float | None,
+) -> Tensor:  # fmt: skip
+    """One step over a cache of fixed size; the decode kernel serves dense layers too, and better than a mask would."""
+    _say_if_slow(query, key)
+    pattern = policy.pattern if policy.covers(getattr(module, "layer_idx", None)) else Dense()
+    return fixed_step(pattern, number, module, query, key, value, filled, scaling)
+
+
+def _say_if_slow(query: Tensor, key: Tensor) -> None:
+    if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
+        say_slow(reason)
 
 
 def _step_mask(given: Tensor | None, n_queries: int, n_keys: int, causal: bool) -> Tensor | Literal[False] | None:

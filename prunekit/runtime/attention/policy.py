@@ -194,8 +194,8 @@ def _parsed(text: str) -> Policy:
 _POLICIES: list[Policy] = []
 
 
-def policy_of(config: Any) -> Policy:
-    """The policy of a model's config.
+def policy_number(config: Any) -> int:
+    """The number of the policy of a model's config, which `policy_at` takes; it holds for this process.
 
     Raises:
         RuntimePolicyError: if the config has none, or one for another model.
@@ -206,8 +206,17 @@ def policy_of(config: Any) -> Policy:
             '`attn_implementation="prunekit"` finds no pattern in the config of this model',
             hint="set `config.prunekit` to a runtime section, or use prunekit.runtime.attach(model, pattern=...)",
         )
-    number = _number(section, model_facts(config))
+    return _number(section, model_facts(config))
+
+
+def policy_at(number: int) -> Policy:
+    """The policy with a number."""
     return _POLICIES[number]
+
+
+def policy_of(config: Any) -> Policy:
+    """The policy of a model's config; errors as in `policy_number`."""
+    return policy_at(policy_number(config))
 
 
 # Dynamo guards what a compiled model passes here, so another section is compiled anew.
