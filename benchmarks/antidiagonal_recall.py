@@ -109,7 +109,7 @@ def keys_found(text: list[int], subject: object) -> tuple[dict[str, int], int]:
     for number, key in enumerate(KEYS):
         said = subject.tokenizer(f" The pass key is {key}. Remember it. {key} is the pass key. ").input_ids
         at, n = 420 + 300 * number, 14 * BLOCK + (16, 48, 96, 128)[number]
-        ids = text[:at] + said + text[at : at + n - len(said) - len(ask)] + ask
+        ids = text[:at] + said + text[at : n - len(said) - len(ask)] + ask
         rows = -(-n // BLOCK)
         for q, k in queries_and_keys(subject, ids):
             heads, group = len(q), len(q) // len(k)
@@ -134,8 +134,8 @@ def main() -> None:
     options = parser.parse_args()
     subject = open_subject(SOURCE, "cpu", None, 1)
     text = token_batch(subject.tokenizer, TEXT, 1, options.text_tokens)[0].tolist()
-    held = captured(text, subject)
     found, looking = keys_found(text, subject)
+    held = captured(text, subject)
     config = subject.model.config
     with options.out.open("w") as file:
         for name, (cost, _) in ways(config.num_attention_heads // config.num_key_value_heads).items():

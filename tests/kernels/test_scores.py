@@ -207,3 +207,16 @@ def test_gradients_on_a_gpu_equal_float64(poison, case):
     right = torch.autograd.grad(expected, wide, grad.double())
     for a, b in zip(got, right, strict=True):
         assert cases.relative_error(a, b) <= GRADIENT[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("stride", "step"), [(16, 1), (16, 4), (8, 8), (32, 2)])
+@pytest.mark.parametrize(("queries", "keys"), [(63, 63), (1000, 1000), (200, 1111), (4096, 4096)])
+def test_antidiagonal_scores_on_a_gpu_equal_float64(poison, queries, keys, stride, step, causal):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    q, k = (draw(2, n, h, 128, seed=n + h, dtype=torch.bfloat16).transpose(1, 2) for n, h in ((queries, 8), (keys, 2)))
+    how = {"stride": stride, "step": step, "q_offset": keys - queries, "causal": causal}
+    got = antidiagonal_scores(q.cuda(), k.cuda(), **how)
+    assert cases.relative_error(got.cpu(), antidiagonal_scores(q.double(), k.double(), **how)) < 2e-3
