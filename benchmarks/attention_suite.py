@@ -416,15 +416,20 @@ class Suite:
         """Scores, means and lists on a ragged shape against the references."""
         torch.manual_seed(5)
         n = 300 if self.rehearse else 1111
-        q, k = (torch.randn(1, h, n, DIM, dtype=torch.float16) for h in (4, 2))
+        q, k = (torch.randn(1, h, n, DIM, dtype=torch.bfloat16) for h in (8, 2))
         here = [t.to(self.on) for t in (q, k)]
-        for stride, every in ((16, 1), (16, 4)) if self.rehearse else ((16, 1), (16, 4), (8, 8), (32, 2)):
+        square = scores_portable.Tile(128, 128, 64, 8, 3)
+        for stride, every in (
+            ((16, 1), (16, 4)) if self.rehearse else ((16, 1), (16, 2), (16, 4), (8, 8), (32, 1), (64, 1))
+        ):
             how = (stride, every, 128, 128, 0, True, SCALE)
             expected = scores_reference.folded_scores(q.double(), k.double(), *how)
-            for tile in (None,) if self.rehearse else (None, scores_portable.Tile(128, 128, 64, 8, 3)):
+            for tile in (None,) if self.rehearse or (stride, every) != (16, 1) else (None, square):
                 got = scores_portable.folded(*here, *how, tile)
                 self.check("scored", f"antidiagonal scores {stride} {every} {tile or ''}", got.cpu(), expected, 2e-3)
-        self.check("scored", "means", block_means(here[1], 128).cpu(), means_reference(k.double(), 128), 1e-3)
+        fine = k.half()
+        means = block_means(fine.to(self.on), 128)
+        self.check("scored", "means", means.cpu(), means_reference(fine.double(), 128), 1e-3)
         for keep, mass in ((3, 0.0), (0, 0.5), (0, 0.0)):
             given = torch.randint(-8 if not mass else 0, 64, (4, 9, 9)).float() / 64
             width = 9 if not keep else min(9, max(keep, 4))
