@@ -53,6 +53,11 @@ def patterns(length: int) -> list[dict[str, Any]]:
         {"pattern": "quest", "page_tokens": 16, "budget_tokens": length // 4},
         {"pattern": "block_topk", "keep_blocks": blocks // 3},
         {"pattern": "antidiagonal", "mass": 0.9, "stride": 16},
+        {"pattern": "antidiagonal", "mass": 0.9, "stride": 32},
+        {"pattern": "antidiagonal", "mass": 0.9, "stride": 64},
+        {"pattern": "antidiagonal", "mass": 0.9, "stride": 16, "query_step": 2},
+        {"pattern": "antidiagonal", "mass": 0.9, "stride": 16, "query_step": 4},
+        {"pattern": "antidiagonal", "mass": 0.9, "stride": 8, "query_step": 8},
         {"pattern": "vertical_slash", "vertical_blocks": blocks // 6, "slash_blocks": blocks // 6},
         {"pattern": "dilated", "window_tokens": length // 4, "dilation": 2},
     ]

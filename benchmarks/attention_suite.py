@@ -416,13 +416,20 @@ class Suite:
         """Scores, means and lists on a ragged shape against the references."""
         torch.manual_seed(5)
         n = 300 if self.rehearse else 1111
-        q, k = (torch.randn(1, h, n, DIM, dtype=torch.float16) for h in (4, 2))
+        q, k = (torch.randn(1, h, n, DIM, dtype=torch.bfloat16) for h in (8, 2))
         here = [t.to(self.on) for t in (q, k)]
-        expected = scores_reference.folded_scores(q.double(), k.double(), 16, 128, 128, 0, True, SCALE)
-        for tile in (None,) if self.rehearse else (None, scores_portable.Tile(128, 128, 64, 8, 3)):
-            got = scores_portable.folded(*here, 16, 128, 128, 0, True, SCALE, tile)
-            self.check("scored", f"antidiagonal scores {tile or ''}", got.cpu(), expected, 2e-3)
-        self.check("scored", "means", block_means(here[1], 128).cpu(), means_reference(k.double(), 128), 1e-3)
+        square = scores_portable.Tile(128, 128, 64, 8, 3)
+        for stride, every in (
+            ((16, 1), (16, 4)) if self.rehearse else ((16, 1), (16, 2), (16, 4), (8, 8), (32, 1), (64, 1))
+        ):
+            how = (stride, every, 128, 128, 0, True, SCALE)
+            expected = scores_reference.folded_scores(q.double(), k.double(), *how)
+            for tile in (None,) if self.rehearse or (stride, every) != (16, 1) else (None, square):
+                got = scores_portable.folded(*here, *how, tile)
+                self.check("scored", f"antidiagonal scores {stride} {every} {tile or ''}", got.cpu(), expected, 2e-3)
+        fine = k.half()
+        means = block_means(fine.to(self.on), 128)
+        self.check("scored", "means", means.cpu(), means_reference(fine.double(), 128), 1e-3)
         for keep, mass in ((3, 0.0), (0, 0.5), (0, 0.0)):
             given = torch.randint(-8 if not mass else 0, 64, (4, 9, 9)).float() / 64
             width = 9 if not keep else min(9, max(keep, 4))
@@ -447,7 +454,12 @@ class Suite:
         patterns = {
             "block_topk": BlockTopk(keep_blocks=keep), "antidiagonal": Antidiagonal(stride=16, keep_blocks=keep),
             "antidiagonal, stride 32": Antidiagonal(stride=32, keep_blocks=keep),
+            "antidiagonal, stride 64": Antidiagonal(stride=64, keep_blocks=keep),
+            "antidiagonal, one run in 2": Antidiagonal(keep_blocks=keep, query_step=2),
+            "antidiagonal, one run in 4": Antidiagonal(keep_blocks=keep, query_step=4),
+            "antidiagonal, stride 8, one run in 8": Antidiagonal(stride=8, keep_blocks=keep, query_step=8),
         }  # fmt: skip
+        parts: dict[str, dict[str, float]] = {}
         keys = torch.arange(n, device=self.on)
         for name, pattern in patterns.items():
             with self.case("scored", name, shape):
@@ -474,13 +486,16 @@ class Suite:
                         q, k, v, pattern.prompt_lists(q, k, SCALE), scale=SCALE
                     ), density=pairs, scoring_share=scoring / (scoring + attention),
                 )  # fmt: skip
+                parts[name] = {"scores_ms": scoring, "attention_ms": attention, "all_ms": found[name],
+                               "share": scoring / (scoring + attention),
+                               "share_by_difference": 1 - attention / found[name]}  # fmt: skip
         with self.case("scored", "scores alone", shape):
             folded = n // 16
             flops = 2.0 * DIM * 16 * folded * (folded + 1) / 2 * self.heads
             wide = (scores_portable.Tile(128, 256, 64, 8, 3), scores_portable.Tile(128, 128, 64, 8, 3))
             for tile in (None,) if self.rehearse else wide:
                 self.time("scored", shape, f"antidiagonal scores alone, {tile or 'default'}",
-                          lambda tile=tile: scores_portable.folded(q, k, 16, 128, 128, 0, True, SCALE, tile),
+                          lambda tile=tile: scores_portable.folded(q, k, 16, 1, 128, 128, 0, True, SCALE, tile),
                           flops=flops)  # fmt: skip
         with self.case("scored", "choice alone", shape):
             scores = torch.rand(self.heads, blocks, blocks, device=self.on)
@@ -494,6 +509,10 @@ class Suite:
         with self.case("scored", "dense cudnn", shape):
             backend = BACKENDS["dense cudnn"]
             found["dense cudnn"] = self.time("scored", shape, "dense cudnn", dense(backend, q, k, v), plain=True)
+            for name, part in parts.items():
+                part["times_cudnn"] = found["dense cudnn"] / part["all_ms"]
+                self.write({"section": "scored", "shape": shape, "what": f"{name}: parts", **part})
+                print("  ", *(f"{label} {value:.3f}" for label, value in part.items()))
         self.ratios("scored", shape, found)
 
     # Gradients

@@ -25,7 +25,13 @@ from prunekit_kernels.page_summaries.reference import (
 )
 from prunekit_kernels.permute import portable as permute
 
-FOLDED = ((1, 4, 2, 100, 100, 64, 8, 32, 32, True), (1, 2, 2, 70, 200, 80, 8, 64, 32, False))
+# Batch, heads, key-value heads, queries, keys, head size, stride, step, blocks, causal.
+FOLDED = (
+    (1, 4, 2, 100, 100, 64, 8, 1, 32, 32, True),
+    (1, 2, 2, 70, 200, 80, 8, 1, 64, 32, False),
+    (2, 4, 2, 107, 171, 64, 4, 4, 32, 32, True),
+    (1, 2, 1, 150, 150, 64, 8, 8, 64, 32, True),
+)
 # Each kind of list once, and rounding once.
 GRADIENTS = (*((case, torch.float32) for case in cases.SMALL), (cases.SMALL[0], torch.bfloat16))
 
@@ -56,13 +62,13 @@ def gradients(case, dtype):
 
 def folded(shape, dtype):
     """Relative error of the antidiagonal scores."""
-    batch, heads, kv_heads, queries, keys, dim, stride, block_q, block_k, causal = shape
+    batch, heads, kv_heads, queries, keys, dim, stride, step, block_q, block_k, causal = shape
     generator = torch.Generator().manual_seed(5)
     q, k = (
         torch.randn(batch, n, h, dim, generator=generator).to(dtype).transpose(1, 2)
         for n, h in ((queries, heads), (keys, kv_heads))
     )
-    how = (stride, block_q, block_k, keys - queries, causal, dim**-0.5)
+    how = (stride, step, block_q, block_k, keys - queries, causal, dim**-0.5)
     return cases.relative_error(scores.folded(q, k, *how), scores_reference.folded_scores(q.double(), k.double(), *how))
 
 

@@ -16,7 +16,10 @@ from prunekit.runtime.attention.patterns.sink_window import SinkWindow
 from prunekit.runtime.attention.patterns.streaming import Streaming
 from prunekit.runtime.attention.patterns.vertical_slash import VerticalSlash
 
-SCORED = (Antidiagonal(0.6), Antidiagonal(0.9, 8), Antidiagonal(keep_blocks=2), BlockTopk(2), VerticalSlash(1, 1))
+SCORED = (
+    Antidiagonal(0.6), Antidiagonal(0.9, 8), Antidiagonal(keep_blocks=2), Antidiagonal(0.6, query_step=4),
+    BlockTopk(2), VerticalSlash(1, 1),
+)  # fmt: skip
 EVERY = (*SCORED, Quest(4, 24), Power(8, 2), SinkWindow(3, 12), Streaming(8, 1, 2))
 SIZES = {
     "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -77,9 +80,23 @@ def test_antidiagonal_finds_a_block_that_stands_out():
     q, k = draw(1, 1024, 0), draw(1, 1024, 1)
     k[0, 0, 256:384] += 2.0 * q[0, 0, 900:1024].mean(0) / q[0, 0, 900:1024].mean(0).norm() * 4
     q[0, 0, 896:] += q[0, 0, 900:1024].mean(0) / q[0, 0, 900:1024].mean(0).norm() * 4
-    for pattern in (Antidiagonal(keep_blocks=3), BlockTopk(3)):
+    for pattern in (Antidiagonal(keep_blocks=3), Antidiagonal(keep_blocks=3, query_step=4), BlockTopk(3)):
         lists = pattern.prompt_lists(q, k, 0.125)
         assert sorted(lists.indices[0, 7, :3].tolist()) == [0, 2, 7]
+
+
+def test_antidiagonal_with_a_step_sees_the_queries_that_are_scored():
+    q, k = draw(1, 1024, 0), draw(1, 1024, 1)
+    wanted = k[0, 0, 256:384].mean(0)
+    k[0, 0, 256:384] += 8 * wanted / wanted.norm()
+    # Of the last block, queries 112 to 127 are scored and queries 0 to 111 are not.
+    for first, last, found in ((1008, 1024, True), (896, 1008, False)):
+        looking = q.clone()
+        looking[0, 0, first:last] += 8 * wanted / wanted.norm()
+        lists = Antidiagonal(keep_blocks=3, stride=16, query_step=8).prompt_lists(looking, k, 0.125)
+        every = Antidiagonal(keep_blocks=3, stride=16).prompt_lists(looking, k, 0.125)
+        assert (2 in lists.indices[0, 7, :3].tolist()) is found
+        assert 2 in every.indices[0, 7, :3].tolist()
 
 
 def test_vertical_slash_finds_a_column_and_a_diagonal():
@@ -100,7 +117,7 @@ def test_vertical_slash_finds_a_column_and_a_diagonal():
 
 def test_what_is_kept_when_nothing_is_left_out_equals_dense(model, ids):
     expected = model(ids).logits
-    for pattern in (Antidiagonal(1.0), BlockTopk(4), VerticalSlash(4, 4), Quest()):
+    for pattern in (Antidiagonal(1.0), Antidiagonal(1.0, query_step=8), BlockTopk(4), VerticalSlash(4, 4), Quest()):
         with attach(model, pattern):
             torch.testing.assert_close(model(ids).logits, expected)
 
@@ -208,6 +225,8 @@ def test_scored_patterns_refuse_what_they_cannot_honour(model, ids):
         model(ids, attention_mask=mask)
     with pytest.raises(UsageError, match="does not divide blocks"):
         Antidiagonal(stride=24)
+    with pytest.raises(UsageError, match="`query_step: 16` with `stride: 16`"):
+        Antidiagonal(query_step=16)
     with pytest.raises(UsageError, match="is no share"):
         Antidiagonal(mass=1.5)
     with pytest.raises(UsageError, match="`budget_tokens: 8`"):

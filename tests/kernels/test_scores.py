@@ -91,6 +91,18 @@ def test_antidiagonal_scores_sum_what_lies_on_antidiagonals():
         antidiagonal_scores(q, k, stride=3)
 
 
+@pytest.mark.parametrize(("n", "runs"), [(64, (3, 7)), (40, (3, 4)), (27, (3,))])
+def test_antidiagonal_scores_with_a_step_are_those_of_the_runs_that_are_scored(n, runs):
+    q, k = draw(1, 2, n, 4), draw(1, 1, n, 4, seed=1)
+    how = {"stride": 8, "scale": 1.0, "block_k": 32}
+    # With blocks of one run each row is a run of queries.
+    every = antidiagonal_scores(q, k, block_q=8, **how)
+    got = antidiagonal_scores(q, k, block_q=32, step=4, **how)
+    torch.testing.assert_close(got, every[:, :, list(runs)])
+    with pytest.raises(ValueError, match="is not in every block"):
+        antidiagonal_scores(q, k, block_q=32, step=8, **how)
+
+
 def test_selection_keeps_what_it_must_and_then_the_best():
     scores = torch.tensor([[[0.0, 5.0, 1.0, 4.0, 9.0, 0.0]]])
     how = {"block_q": 32, "block_k": 32, "q_offset": 160}
@@ -115,7 +127,7 @@ def test_summaries_of_a_last_page_that_is_not_full():
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("antidiagonal_scores", (torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16), 8, 32, 32, 0, True, 0.2)),
+        ("antidiagonal_scores", (torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16), 8, 2, 32, 32, 0, True, 0.2)),
         ("select_blocks", (torch.rand(2, 2, 4), 32, 32, 64, 128, 64, True, 2, 0.0, 1, 1, 4, False)),
         ("page_bounds", (torch.randn(1, 2, 37, 8), 16)),
         ("block_means", (torch.randn(1, 2, 37, 8), 16)),
@@ -199,3 +211,16 @@ def test_gradients_on_a_gpu_equal_float64(poison, case):
     right = torch.autograd.grad(expected, wide, grad.double())
     for a, b in zip(got, right, strict=True):
         assert cases.relative_error(a, b) <= GRADIENT[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("stride", "step"), [(16, 1), (16, 4), (8, 8), (32, 2)])
+@pytest.mark.parametrize(("queries", "keys"), [(63, 63), (1000, 1000), (200, 1111), (4096, 4096)])
+def test_antidiagonal_scores_on_a_gpu_equal_float64(poison, queries, keys, stride, step, causal):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    q, k = (draw(2, n, h, 128, seed=n + h, dtype=torch.bfloat16).transpose(1, 2) for n, h in ((queries, 8), (keys, 2)))
+    how = {"stride": stride, "step": step, "q_offset": keys - queries, "causal": causal}
+    got = antidiagonal_scores(q.cuda(), k.cuda(), **how)
+    assert cases.relative_error(got.cpu(), antidiagonal_scores(q.double(), k.double(), **how)) < 2e-3

@@ -23,19 +23,19 @@ def refusal(tensor: Tensor, blocks: int) -> str:
 
 @torch.library.custom_op("prunekit::antidiagonal_scores", mutates_args=())
 def _scores(
-    q: Tensor, k: Tensor, stride: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, stride: int, step: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float
 ) -> Tensor:
     half = q.dtype in HALF
     if refusal(q, -(-k.shape[2] // block_k)) or not half or q.stride(-1) != 1 or k.stride(-1) != 1:
-        return folded_scores(q, k, stride, block_q, block_k, q_offset, causal, scale)
+        return folded_scores(q, k, stride, step, block_q, block_k, q_offset, causal, scale)
     from prunekit_kernels.block_scores import portable
 
-    return portable.folded(q, k, stride, block_q, block_k, q_offset, causal, scale)
+    return portable.folded(q, k, stride, step, block_q, block_k, q_offset, causal, scale)
 
 
 @_scores.register_fake
 def _scores_fake(
-    q: Tensor, k: Tensor, stride: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, stride: int, step: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float
 ) -> Tensor:
     return q.new_empty((*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)), dtype=torch.float32)
 
@@ -63,32 +63,36 @@ def _select_fake(
 
 
 def antidiagonal_scores(
-    q: Tensor, k: Tensor, *, stride: int = 16, block_q: int = 128, block_k: int = 128, q_offset: int = 0,
-    causal: bool = True, scale: float | None = None,
+    q: Tensor, k: Tensor, *, stride: int = 16, step: int = 1, block_q: int = 128, block_k: int = 128,
+    q_offset: int = 0, causal: bool = True, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention mass of blocks, estimated from one in `stride` of the products, those on antidiagonals.
+    """Attention mass of blocks, estimated from one in `stride * step` of the products, those on antidiagonals.
 
     Runs of `stride` queries, reversed, and of `stride` keys are folded into one long vector each; the softmax of their
-    products divided by `stride` is summed over the blocks.
+    products divided by `stride` is summed over the blocks. Of each `step` runs of queries the last alone is scored; so
+    is the last of all.
 
     Args:
         q: [B, H, S, D].
         k: [B, G, T, D], G dividing H.
         stride: fold, dividing both block sizes.
+        step: runs of queries of which one is scored; `stride * step` divides `block_q`.
         block_q: queries of a block.
         block_k: keys of a block.
         q_offset: position of the first query among the keys.
         causal: whether keys after the query are hidden.
         scale: factor on the scores, 1 / sqrt(D) if None.
     Returns:
-        float32 [B, H, R, C]; a row sums to block_q / stride, or fewer in the last row. Higher = keep.
+        float32 [B, H, R, C]; a row sums to block_q / (stride * step), or fewer in the last row. Higher = keep.
     Raises:
-        ValueError: if `stride` does not divide the block sizes.
+        ValueError: if `stride` does not divide the block sizes, or `stride * step` the block of queries.
     """
     if block_q % stride or block_k % stride:
         raise ValueError(f"a stride of {stride} does not divide blocks of {block_q} and {block_k}")
+    if block_q % (stride * step):
+        raise ValueError(f"one in {step} runs of {stride} queries is not in every block of {block_q}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _scores(q, k, stride, block_q, block_k, q_offset, causal, scale)
+    return _scores(q, k, stride, step, block_q, block_k, q_offset, causal, scale)
 
 
 def select_blocks(

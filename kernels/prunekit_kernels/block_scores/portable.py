@@ -18,18 +18,18 @@ TOP, MASS, POSITIVE = 0, 1, 2
 NEAR = 4
 
 
-@triton.jit(do_not_specialize=["heads", "n_queries", "n_keys", "q_offset", "n_rows", "n_cols", "n_col_tiles"])
+@triton.jit(do_not_specialize=["heads", "n_queries", "n_keys", "n_runs", "q_offset", "n_rows", "n_cols", "n_col_tiles"])
 def _folded(
     q_ptr, k_ptr, lse_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt,
-    heads, n_queries, n_keys, q_offset, n_rows, n_cols, n_col_tiles, scale_log2,
+    heads, n_queries, n_keys, n_runs, q_offset, n_rows, n_cols, n_col_tiles, scale_log2,
     NEAR: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, CAUSAL: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (base two) of each folded row of queries over each block of INNER folded keys.
 
-    One product of ROWS folded queries and COLS folded keys, BLOCK_D of their STRIDE * D channels a step. Tiles that lie
-    in the future are left unwritten.
+    Each row is the last of STEP runs of queries, or the last run of all. One product of ROWS folded queries and COLS
+    folded keys, BLOCK_D of their STRIDE * D channels a time. Tiles that lie in the future are left unwritten.
     """
     PARTS: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
     # Programs that run at a time: NEAR tiles of rows of the heads that share keys, by as many tiles of keys as fit, so
@@ -44,18 +44,20 @@ def _folded(
     head = kv * GROUP + within
     future = False
     if CAUSAL:
-        future = col * STRIDE > q_offset + (row + ROWS) * STRIDE - 1
+        future = col * STRIDE > q_offset + (row + ROWS) * STEP * STRIDE - 1
     if (row < n_rows) & (not future):
         at_r = row + tl.arange(0, ROWS)
+        # One past the last query of each row's run.
+        end = tl.minimum((at_r + 1) * STEP, n_runs) * STRIDE
         at_c = col + tl.arange(0, COLS)
         at_d = tl.arange(0, BLOCK_D)
         q_at = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         k_at = k_ptr + batch.to(tl.int64) * stride_kb + kv.to(tl.int64) * stride_kh
-        q_at += (at_r * STRIDE + STRIDE - 1).to(tl.int64)[:, None] * stride_qs + at_d[None, :]
+        q_at += (end - 1).to(tl.int64)[:, None] * stride_qs + at_d[None, :]
         k_at += (at_c * STRIDE).to(tl.int64)[:, None] * stride_kt + at_d[None, :]
         s = tl.zeros([ROWS, COLS], tl.float32)
         for j in range(STRIDE * PARTS):
-            q_mask = (at_r * STRIDE + STRIDE - 1 - j // PARTS < n_queries)[:, None]
+            q_mask = (end - 1 - j // PARTS < n_queries)[:, None]
             k_mask = (at_c * STRIDE + j // PARTS < n_keys)[:, None]
             if DIM % BLOCK_D != 0:
                 q_mask = q_mask & (j % PARTS * BLOCK_D + at_d < DIM)[None, :]
@@ -68,7 +70,7 @@ def _folded(
                 s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
         keep = (at_c * STRIDE < n_keys)[None, :] & (at_r >= 0)[:, None]
         if CAUSAL:
-            keep = keep & ((at_c * STRIDE)[None, :] <= (q_offset + (at_r + 1) * STRIDE - 1)[:, None])
+            keep = keep & ((at_c * STRIDE)[None, :] <= (q_offset + end - 1)[:, None])
         s = tl.reshape(tl.where(keep, s * scale_log2, float("-inf")), [ROWS, COLS // INNER, INNER])
         m = tl.max(s, 2)
         safe = tl.where(m == float("-inf"), 0.0, m)
@@ -208,14 +210,15 @@ def default_tile(dim: int, on_gpu: bool) -> Tile:
 
 
 def folded(
-    q: Tensor, k: Tensor, stride: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float,
-    tile: Tile | None = None,
+    q: Tensor, k: Tensor, stride: int, step: int, block_q: int, block_k: int, q_offset: int, causal: bool,
+    scale: float, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """Runs the scoring kernels; arguments and result as in `antidiagonal_scores`; `default_tile` if None is given."""
     batch, heads, n_queries, dim = q.shape
     kv_heads, n_keys = k.shape[1:3]
     rows, cols = -(-n_queries // block_q), -(-n_keys // block_k)
-    n_folded = -(-n_queries // stride)
+    n_runs = -(-n_queries // stride)
+    n_folded = -(-n_runs // step)
     inner = block_k // stride
     tile = tile or default_tile(dim, q.is_cuda)
     tile_cols = max(inner, tile.cols)
@@ -225,13 +228,13 @@ def folded(
     row_tiles, col_tiles = triton.cdiv(n_folded, tile.rows), triton.cdiv(cols * inner, tile_cols)
     _folded[(triton.cdiv(row_tiles, NEAR) * NEAR * col_tiles * group, batch * kv_heads)](
         q, k, lse, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-        heads, n_queries, n_keys, q_offset, n_folded, cols, col_tiles, scale / stride * 1.4426950408889634,
-        NEAR=NEAR, GROUP=group, DIM=dim, BLOCK_D=tile.channels, STRIDE=stride, ROWS=tile.rows, COLS=tile_cols,
-        INNER=inner, CAUSAL=causal, WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        heads, n_queries, n_keys, n_runs, q_offset, n_folded, cols, col_tiles, scale / stride * 1.4426950408889634,
+        NEAR=NEAR, GROUP=group, DIM=dim, BLOCK_D=tile.channels, STRIDE=stride, STEP=step, ROWS=tile.rows,
+        COLS=tile_cols, INNER=inner, CAUSAL=causal, WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _summed[(rows, batch * heads)](
-        lse, out, n_folded, cols, rows, q_offset, INNER=block_q // stride, COLS=triton.next_power_of_2(cols),
+        lse, out, n_folded, cols, rows, q_offset, INNER=block_q // (stride * step), COLS=triton.next_power_of_2(cols),
         BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=causal, num_warps=8,
     )  # fmt: skip
     return out

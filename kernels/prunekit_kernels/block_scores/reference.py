@@ -13,26 +13,34 @@ LEAST, MOST = -(2**31), 2**31 - 1
 
 
 def folded_scores(
-    q: Tensor, k: Tensor, stride: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, stride: int, step: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float
 ) -> Tensor:
     """What `antidiagonal_scores` computes, in float32, or in float64 if the queries are."""
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows, cols = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
     folded_q, folded_k = -(-q.shape[2] // stride), -(-k.shape[2] // stride)
-    wide_q = pad(q.to(kind), (0, 0, 0, folded_q * stride - q.shape[2])).unflatten(2, (folded_q, stride)).flip(3)
+    run = scored_runs(folded_q, step, q.device)
+    wide_q = pad(q.to(kind), (0, 0, 0, folded_q * stride - q.shape[2])).unflatten(2, (folded_q, stride))
+    wide_q = wide_q[:, :, run].flip(3)
     wide_k = pad(k.to(kind), (0, 0, 0, folded_k * stride - k.shape[2])).unflatten(2, (folded_k, stride))
     group = q.shape[1] // k.shape[1]
     out = torch.zeros(*q.shape[:2], rows, cols, dtype=torch.float32, device=q.device)
-    last = q_offset + (torch.arange(folded_q, device=q.device) + 1) * stride - 1
+    last = q_offset + (run + 1) * stride - 1
     hidden = torch.arange(folded_k, device=q.device) * stride > last[:, None]
     for head in range(q.shape[1]):
         scores = wide_q[:, head].flatten(2) @ wide_k[:, head // group].flatten(2).transpose(1, 2) * (scale / stride)
         if causal:
             scores = scores.masked_fill(hidden, float("-inf"))
         weights = scores.softmax(-1)
-        weights = pad(weights, (0, cols * (block_k // stride) - folded_k, 0, rows * (block_q // stride) - folded_q))
+        spare = rows * (block_q // (stride * step)) - len(run)
+        weights = pad(weights, (0, cols * (block_k // stride) - folded_k, 0, spare))
         out[:, head] = weights.unflatten(2, (cols, -1)).sum(3).unflatten(1, (rows, -1)).sum(2).float()
     return out
+
+
+def scored_runs(n_runs: int, step: int, device: torch.device) -> Tensor:
+    """Numbers of the runs of queries that are scored: the last of each `step`, and the last of all."""
+    return ((torch.arange(-(-n_runs // step), device=device) + 1) * step - 1).clamp(max=n_runs - 1)
 
 
 def chosen_blocks(
