@@ -19,6 +19,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(index)
+
+
 def no_kernels(tensor: Tensor) -> str:
     """Why no kernel runs where a tensor is, or an empty string if kernels do."""
     if tensor.device.type != "cuda":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunekit_kernels._device import HALF, no_kernels
+from prunekit_kernels._device import HALF, capability, no_kernels
 from prunekit_kernels.block_scores.reference import folded_scores, select_reference
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
 
@@ -21,6 +21,19 @@ def refusal(tensor: Tensor, blocks: int) -> str:
     return ""
 
 
+def hopper_takes(q: Tensor, k: Tensor, inner: int) -> bool:
+    """Whether the Hopper kernel covers the case, for blocks of `inner` folded keys.
+
+    Its copies want strides and starts of 16 bytes, its tiles are of 256 folded keys.
+    """
+    return (
+        capability(q.device.index or 0) == (9, 0)
+        and q.shape[-1] in (64, 128)
+        and 256 % inner == 0
+        and all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in (q, k))
+    )
+
+
 @torch.library.custom_op("prunekit::antidiagonal_scores", mutates_args=())
 def _scores(
     q: Tensor, k: Tensor, stride: int, step: int, block_q: int, block_k: int, q_offset: int, causal: bool, scale: float
@@ -30,6 +43,11 @@ def _scores(
         return folded_scores(q, k, stride, step, block_q, block_k, q_offset, causal, scale)
     from prunekit_kernels.block_scores import portable
 
+    if hopper_takes(q, k, block_k // stride):
+        from prunekit_kernels.block_scores import hopper
+
+        lse = hopper.log_sums(q, k, stride, step, block_k, q_offset, causal, scale)
+        return portable.summed(lse, q.shape[2], stride * step, block_q, block_k, q_offset, causal)
     return portable.folded(q, k, stride, step, block_q, block_k, q_offset, causal, scale)
 
 

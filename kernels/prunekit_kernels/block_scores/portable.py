@@ -216,13 +216,12 @@ def folded(
     """Runs the scoring kernels; arguments and result as in `antidiagonal_scores`; `default_tile` if None is given."""
     batch, heads, n_queries, dim = q.shape
     kv_heads, n_keys = k.shape[1:3]
-    rows, cols = -(-n_queries // block_q), -(-n_keys // block_k)
+    cols = -(-n_keys // block_k)
     n_runs = -(-n_queries // stride)
     n_folded = -(-n_runs // step)
     inner = block_k // stride
     tile = tile or default_tile(dim, q.is_cuda)
     tile_cols = max(inner, tile.cols)
-    out = q.new_empty((batch, heads, rows, cols), dtype=torch.float32)
     lse = q.new_empty((batch, heads, n_folded, cols), dtype=torch.float32)
     group = heads // kv_heads
     row_tiles, col_tiles = triton.cdiv(n_folded, tile.rows), triton.cdiv(cols * inner, tile_cols)
@@ -233,8 +232,16 @@ def folded(
         COLS=tile_cols, INNER=inner, CAUSAL=causal, WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    return summed(lse, n_queries, stride * step, block_q, block_k, q_offset, causal)
+
+
+def summed(lse: Tensor, n_queries: int, inner: int, block_q: int, block_k: int, q_offset: int, causal: bool) -> Tensor:
+    """Scores [B, H, R, C] from log-sum-exps [B, H, folded queries, C], each of which stands for `inner` queries."""
+    batch, heads, n_folded, cols = lse.shape
+    rows = -(-n_queries // block_q)
+    out = torch.empty((batch, heads, rows, cols), dtype=torch.float32, device=lse.device)
     _summed[(rows, batch * heads)](
-        lse, out, n_folded, cols, rows, q_offset, INNER=block_q // (stride * step), COLS=triton.next_power_of_2(cols),
+        lse, out, n_folded, cols, rows, q_offset, INNER=block_q // inner, COLS=triton.next_power_of_2(cols),
         BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=causal, num_warps=8,
     )  # fmt: skip
     return out

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunekit_kernels._device import HALF, no_head_size, no_kernels
+from prunekit_kernels._device import HALF, capability, no_head_size, no_kernels
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
 from prunekit_kernels.block_sparse_prefill.reference import (
     backward_reference,
     gated_backward_reference,
     prefill_reference,
 )
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def refusal(q: Tensor, k: Tensor) -> str:
@@ -44,7 +38,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def hopper_takes(q: Tensor, starts: Tensor | None, block_q: int, block_k: int, full_rows: bool) -> bool:
     """Whether the Hopper kernel covers the case; what it leaves goes to the portable one."""
     return (
-        _capability(q.device.index or 0) == (9, 0)
+        capability(q.device.index or 0) == (9, 0)
         and q.dtype in HALF
         and q.shape[-1] in (64, 128)
         and (block_q, block_k) == (128, 128)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prunekit_kernels._device import capability
 from prunekit_kernels.sparse_decode.chunks import Chunks, choose_chunks
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -181,11 +182,6 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def _strides(cache: Tensor, page_tokens: int, paged: bool) -> tuple[int, int, int, int]:
     """Elements from one sequence, key-value head, page and slot of a page to the next."""
     if paged:
@@ -208,7 +204,7 @@ def launch(
     batch, heads, queries, dim = q.shape
     kv_heads = starts.shape[1]
     rows = heads // kv_heads * queries
-    tile = tile or replace(default_tile(dim), early=q.is_cuda and _capability(q.device.index or 0) >= (9, 0))
+    tile = tile or replace(default_tile(dim), early=q.is_cuda and capability(q.device.index or 0) >= (9, 0))
     if chunks is None:
         # The interpreter has no card to fill; it cuts as for a small one.
         slots = tile.programs * (_multiprocessors(q.device.index or 0) if q.is_cuda else 4)
