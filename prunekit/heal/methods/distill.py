@@ -87,6 +87,8 @@ class Distill:
 
 
 class _Objective:
+    of_tokens = True
+
     def __init__(self, knobs: Distill, scene: Scene, data: Mapping[str, Tensor]) -> None:
         import torch
 

@@ -61,6 +61,7 @@ class Finetune:
 class _Objective:
     hidden_states = False
     teacher = None
+    of_tokens = True
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         from prunekit.heal._losses import next_token
