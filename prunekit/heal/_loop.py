@@ -149,7 +149,7 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         finite = all(bool(_local(value).isfinite().all()) for value in model.parameters() if value.requires_grad)
         if _any_rank(not finite, args.device):
-            self._require_number("norm of the weights", math.nan, state.global_step)
+            raise self.diverged("norm of the weights", state.global_step)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         # Trainer may look for the folder before the first process made it; under FSDP all must load the same one.
@@ -161,11 +161,14 @@ class _Watch(TrainerCallback):
             seal(self.work / f"checkpoint-{state.global_step}", self.stopped_by if ends else None)
 
     def _require_number(self, name: str, value: float | None, step: int) -> None:
-        if value is None or math.isfinite(value):
-            return
+        if value is not None and not math.isfinite(value):
+            raise self.diverged(name, step)
+
+    def diverged(self, name: str, step: int) -> HealError:
+        """What is said where something is not a number."""
         good = sealed(self.work)
         kept = f"; the last good state is `{good[-1]}`" if good else ""
-        raise HealError(
+        return HealError(
             f"the {name} is not a number at step {step}", why=f"training diverged{kept}",
             hint=self._lower() + (f", and delete or rename `{self.work}`" if good else ""),
         )  # fmt: skip
@@ -223,7 +226,10 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         _shards.check(trainer)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except FloatingPointError as error:
+            raise watch.diverged(str(error), trainer.state.global_step) from error
         _tell_speed(watch, scene, data)
         state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         # Mixed precision would stay with the model's forward.
