@@ -103,6 +103,31 @@ def test_block_outputs_can_be_matched(llama: Bench, tmp_path: Path) -> None:
     assert told["held_out_after"] < 0.8 * told["held_out_before"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_attention_relations_are_learned_and_attention_is_put_back(tmp_path: Path, family: str) -> None:
+    decoder = family != "bert"
+    drop = DROP if family == "llama" else ("blocks.1.attention", "blocks.1.ffn")
+    made = bench(tmp_path, family, drop=drop)
+    teacher = load_model(made.dense)
+    own = teacher.config._attn_implementation
+    scene = replace(made.scene(decoder, relations=100.0, steps=40, check_every=40), load_teacher=lambda: teacher)
+    healed = heal(scene, tmp_path / "w")
+    # Without relations the loss before training is below 1.
+    assert healed.about["held_out_before"] > 3
+    assert healed.about["held_out_after"] < 0.8 * healed.about["held_out_before"]
+    assert teacher.config._attn_implementation == healed.model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [({"attention": "subsampled", "length_tokens": 16}, "`heal.attention`"), ({"compile": True}, "`heal.compile`")],
+    ids=["attention", "compile"],
+)
+def test_relations_of_another_attention_are_refused(llama: Bench, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=f"`heal.relations` does not go with {words}"):
+        check(llama.scene(relations=1.0, **asked).asked, decoder=True)
+
+
 def test_passes_of_a_step_add_up_to_the_step(llama: Bench, tmp_path: Path) -> None:
     whole = weights(heal(llama.scene(), tmp_path / "a").model)
     parts = weights(heal(llama.scene(accumulate=4), tmp_path / "b").model)
