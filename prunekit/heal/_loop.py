@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from prunekit.core.errors import HealError, UsageError
 from prunekit.core.ranks import is_first_rank, started
@@ -94,10 +95,29 @@ class _Trainer(Trainer):
             loss = loss * given["attention_mask"].sum() / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
+    def evaluation_loop(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
+        """The mean loss over the held-out part; the Trainer's own counts a short last batch as much as a whole one.
+
+        Each process takes every so many-th batch; one that has none left passes the first again, which does not count.
+        """
+        rows, size, model = self.eval_dataset, self.args.per_device_eval_batch_size, self.model.eval()
+        begins, sums = range(0, len(rows), size), torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(begins), self.args.world_size):
+            number = first + self.args.process_index
+            begin = begins[number] if number < len(begins) else 0
+            batch = self.data_collator([rows[i] for i in range(begin, min(begin + size, len(rows)))])
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = float(self.compute_loss(model, inputs))
+            by_token = "attention_mask" in inputs and self._objective.of_tokens
+            weight = float(inputs["attention_mask"].sum()) if by_token else float(len(inputs["row"]))
+            if number < len(begins):
+                sums += torch.tensor([weight * loss, weight], dtype=torch.float64)
+        if torch.distributed.is_initialized():
+            sums = sums.to(self.args.device)
+            torch.distributed.all_reduce(sums)
+        loss = float(sums[0] / sums[1])
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(rows))
 
 
 class _Watch(TrainerCallback):

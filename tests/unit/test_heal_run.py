@@ -142,8 +142,11 @@ def test_passes_of_sentences_add_up_whatever_their_lengths(tmp_path: Path) -> No
     )
     made.text.write_text("\n".join(lines))
     asked = {"decoder": False, "length_tokens": 60}
-    whole = weights(heal(made.scene(**asked), tmp_path / "a").model)
-    parts = weights(heal(made.scene(accumulate=4, **asked), tmp_path / "b").model)
+    one, four = (heal(made.scene(accumulate=n, **asked), tmp_path / str(n)) for n in (1, 4))
+    # Five rows are held out, in batches of four and one, or one by one.
+    for name in ("held_out_before", "held_out_after"):
+        assert four.about[name] == pytest.approx(one.about[name], rel=1e-5)
+    whole, parts = weights(one.model), weights(four.model)
     # A bias of the keys changes no attention, so that its gradient is noise.
     for name in (name for name in whole if "key.bias" not in name):
         torch.testing.assert_close(parts[name], whole[name], **NOISE)
