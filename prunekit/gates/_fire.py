@@ -51,6 +51,7 @@ class Firing(nn.Module):
 
     hidden_states = False
     teacher = None
+    of_tokens = False
 
     def __init__(self, knobs: FireTogether, task: Task, decoder: bool) -> None:
         super().__init__()

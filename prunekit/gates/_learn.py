@@ -97,6 +97,7 @@ class _Both:
 
     def __init__(self, objective: Objective, gates: torch.nn.Module, own: Any) -> None:
         self.hidden_states, self.teacher = objective.hidden_states, objective.teacher
+        self.of_tokens = objective.of_tokens
         self._objective, self._gates, self._own = objective, gates, own
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:

@@ -65,7 +65,10 @@ class Chooser:
 
         Raises:
             PlanError: if the budget cannot be met, whatever goes.
+            FloatingPointError: if what speaks against a unit is not a number.
         """
+        if not doubt.isfinite().all():
+            raise FloatingPointError("doubt about a unit")
         given = doubt.detach().cpu().double().masked_fill(self.safe, -math.inf)
         orders = [given[place.slice].argsort(stable=True) for place in self._places]
         values = [given[place.slice][order].tolist() for place, order in zip(self._places, orders, strict=True)]

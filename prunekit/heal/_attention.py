@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -62,27 +62,31 @@ class Switch:
 
 
 @contextmanager
-def attending(model: PreTrainedModel, switch: Switch) -> Iterator[None]:
-    """Meanwhile a model attends as the switch says.
+def attending(model: PreTrainedModel, attention: Callable[..., Any], name: str = _NAME) -> Iterator[None]:
+    """Meanwhile a model attends by a function.
 
+    Args:
+        model: its attention is its own again afterwards.
+        attention: as transformers calls one.
+        name: that transformers knows it by; two at a time need two.
     Raises:
         HealError: if the model's attention cannot be changed.
     """
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
-    ALL_ATTENTION_FUNCTIONS[_NAME] = switch
+    ALL_ATTENTION_FUNCTIONS[name] = attention
     # Masks are made only for names known to the whole process; this one stays known, and means transformers' own.
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    AttentionMaskInterface.register(name, sdpa_mask)
     try:
-        model.set_attn_implementation(_NAME)
-        if any(config._attn_implementation != _NAME for config, _ in before):
+        model.set_attn_implementation(name)
+        if any(config._attn_implementation != name for config, _ in before):
             raise HealError(
                 f"`{type(model).__name__}` does not let its attention be changed",
                 why="its code calls no attention function of transformers' AttentionInterface",
-                hint="take `heal.attention` out",
+                hint="take `heal.attention`, or `relations`, out",
             )
         yield
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS[_NAME]
+        del ALL_ATTENTION_FUNCTIONS[name]

@@ -13,7 +13,7 @@ from prunekit.core.errors import HealError
 from prunekit.core.files import sha256_file, write_json
 from prunekit.core.ranks import is_first_rank
 
-RUN, _SEAL = "run.json", "sealed.json"
+RUN, _SEAL, _END, _STATE = "run.json", "sealed.json", "ended.json", "trainer_state.json"
 
 
 @contextmanager
@@ -63,8 +63,15 @@ def _open_work(work: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def seal(checkpoint: Path) -> None:
-    """Marks a checkpoint as whole."""
+def seal(checkpoint: Path, ended_by: str | None) -> None:
+    """Marks a checkpoint as whole.
+
+    Args:
+        checkpoint: its folder.
+        ended_by: why training ends here; None where it goes on.
+    """
+    if ended_by is not None:
+        write_json(checkpoint / _END, {"stopped_by": ended_by})
     found = sorted(file.relative_to(checkpoint) for file in checkpoint.rglob("*") if file.is_file())
     files = {name.as_posix(): sha256_file(checkpoint / name) for name in found if name.name != _SEAL}
     write_json(checkpoint / _SEAL, files)
@@ -80,24 +87,42 @@ def latest(work: Path) -> Path | None:
     """The checkpoint to go on from, None where there is none; the unfinished ones of a killed run are ignored.
 
     Raises:
-        HealError: if its files are not those that were sealed.
+        HealError: if its files, or those of the best one so far, are not those that were sealed.
     """
     whole = sealed(work)
     if not whole:
         return None
     checkpoint = whole[-1]
+    instead = f"its folder, to go on from `{whole[-2].name}`" if len(whole) > 1 else f"`{work}`, to begin again"
+    _require_whole(checkpoint, f"delete {instead}")
+    best = best_of(checkpoint)
+    if best is not None and best != checkpoint:
+        _require_whole(best, f"it is the best one so far; delete `{work}`, to begin again")
+    return checkpoint
+
+
+def best_of(checkpoint: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss when this one was written; None where nothing is held out."""
+    step = json.loads((checkpoint / _STATE).read_text("utf-8")).get("best_global_step")
+    return checkpoint.with_name(f"checkpoint-{step}") if step else None
+
+
+def ended_by(checkpoint: Path | None) -> str | None:
+    """Why training ended with a whole checkpoint; None where it goes on."""
+    if checkpoint is None or not (checkpoint / _END).is_file():
+        return None
+    return str(json.loads((checkpoint / _END).read_text("utf-8"))["stopped_by"])
+
+
+def _require_whole(checkpoint: Path, hint: str) -> None:
     try:
         digests = json.loads((checkpoint / _SEAL).read_text("utf-8"))
         bad = [n for n, digest in digests.items() if _outside(n) or sha256_file(checkpoint / n) != digest]
     except (OSError, ValueError, AttributeError) as error:
         bad = [str(error)]
     if bad:
-        instead = f"its folder, to go on from `{whole[-2].name}`" if len(whole) > 1 else f"`{work}`, to begin again"
-        raise HealError(
-            f"the training checkpoint `{checkpoint}` is damaged", why=f"not as written: {bad[0]}",
-            hint=f"delete {instead}",
-        )  # fmt: skip
-    return checkpoint
+        why = f"not as written: {bad[0]}"
+        raise HealError(f"the training checkpoint `{checkpoint}` is damaged", why=why, hint=hint)
 
 
 def _outside(name: str) -> bool:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from prunekit.core.errors import HealError, UsageError
 from prunekit.core.ranks import is_first_rank, started
 from prunekit.heal import _shards
-from prunekit.heal._checkpoints import drop_unfinished, latest, seal, sealed
+from prunekit.heal._checkpoints import best_of, drop_unfinished, ended_by, latest, seal, sealed
 from prunekit.heal._data import Data
 from prunekit.heal.scene import Objective, Scene
 
@@ -72,8 +73,16 @@ class _Trainer(Trainer):
         super().__init__(**arguments)
         self._objective = objective
         self._options = {"output_hidden_states": objective.hidden_states, **scene.no_cache}
-        # The loss is a mean over tokens; the Trainer divides it by the passes of a step.
+        # The Trainer divides the loss by the passes of a step.
         self.model_accepts_loss_kwargs = False
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor | None]:
+        """The passes of a step, and the tokens that all of them hold in a pass of one process on average."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches or "attention_mask" not in batches[0] or not self._objective.of_tokens:
+            return batches, None
+        each = torch.stack([batch["attention_mask"].sum() for batch in batches]).to(device, torch.float32)
+        return batches, self.accelerator.gather(each).mean()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -81,22 +90,49 @@ class _Trainer(Trainer):
         given = {name: value for name, value in inputs.items() if name != "row"}
         outputs = model(**given, **self._options)
         loss = self._objective(outputs, given, inputs["row"])
+        if num_items_in_batch is not None:
+            # So that each token counts alike in all passes and processes, as it would in one pass.
+            loss = loss * given["attention_mask"].sum() / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
+    def evaluation_loop(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
+        """The mean loss over the held-out part; the Trainer's own counts a short last batch as much as a whole one.
+
+        Each process takes every so many-th batch; one that has none left passes the first again, which does not count.
+        """
+        rows, size, model = self.eval_dataset, self.args.per_device_eval_batch_size, self.model.eval()
+        begins, sums = range(0, len(rows), size), torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(begins), self.args.world_size):
+            number = first + self.args.process_index
+            begin = begins[number] if number < len(begins) else 0
+            batch = self.data_collator([rows[i] for i in range(begin, min(begin + size, len(rows)))])
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = float(self.compute_loss(model, inputs))
+            by_token = "attention_mask" in inputs and self._objective.of_tokens
+            weight = float(inputs["attention_mask"].sum()) if by_token else float(len(inputs["row"]))
+            if number < len(begins):
+                sums += torch.tensor([weight * loss, weight], dtype=torch.float64)
+        if torch.distributed.is_initialized():
+            sums = sums.to(self.args.device)
+            torch.distributed.all_reduce(sums)
+        loss = float(sums[0] / sums[1])
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(rows))
 
 
 class _Watch(TrainerCallback):
-    """Progress, seals of checkpoints, the time limit, and a stop where numbers are none."""
+    """Progress, seals of checkpoints, the limits of time and patience, and a stop where numbers are none."""
 
-    def __init__(self, scene: Scene, work: Path, task: Task, course: Course) -> None:
-        self.scene, self.work, self.task, self.course = scene, work, task, course
+    def __init__(self, scene: Scene, work: Path, task: Task, course: Course, stopped_by: str) -> None:
+        self.scene, self.work, self.task, self.course, self.stopped_by = scene, work, task, course, stopped_by
         self.begun = self.step_begun = time.monotonic()
         self.step_seconds: list[float] = []
-        self.stopped_by = "steps"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:
+            # As this run calls the folder, not as the one before did.
+            best = best_of(self.work / f"checkpoint-{state.global_step}")
+            state.best_model_checkpoint = None if best is None else str(best)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.course.at_step(state.global_step)
@@ -123,8 +159,17 @@ class _Watch(TrainerCallback):
         loss = (metrics or {}).get("eval_loss")
         self._require_number("held-out loss", loss, state.global_step)
         self.scene.talk(f"step {state.global_step} of {state.max_steps}: held-out loss {loss:.4f}")
+        checks = [entry["eval_loss"] for entry in state.log_history if entry["step"] and "eval_loss" in entry]
+        patience = self.scene.asked.patience
+        # Counted from what checkpoints hold, so that a killed run goes on counting.
+        if patience is not None and checks and len(checks) - 1 - checks.index(min(checks)) >= patience:
+            control.should_training_stop = True
+            self.stopped_by = "patience"
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        finite = all(bool(_local(value).isfinite().all()) for value in model.parameters() if value.requires_grad)
+        if _any_rank(not finite, args.device):
+            raise self.diverged("norm of the weights", state.global_step)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         # Trainer may look for the folder before the first process made it; under FSDP all must load the same one.
@@ -132,14 +177,18 @@ class _Watch(TrainerCallback):
         if best.is_dir():
             state.best_model_checkpoint = str(best)
         if state.is_world_process_zero:
-            seal(self.work / f"checkpoint-{state.global_step}")
+            ends = control.should_training_stop or state.global_step >= state.max_steps
+            seal(self.work / f"checkpoint-{state.global_step}", self.stopped_by if ends else None)
 
     def _require_number(self, name: str, value: float | None, step: int) -> None:
-        if value is None or math.isfinite(value):
-            return
+        if value is not None and not math.isfinite(value):
+            raise self.diverged(name, step)
+
+    def diverged(self, name: str, step: int) -> HealError:
+        """What is said where something is not a number."""
         good = sealed(self.work)
         kept = f"; the last good state is `{good[-1]}`" if good else ""
-        raise HealError(
+        return HealError(
             f"the {name} is not a number at step {step}", why=f"training diverged{kept}",
             hint=self._lower() + (f", and delete or rename `{self.work}`" if good else ""),
         )  # fmt: skip
@@ -173,34 +222,39 @@ def train(
     if is_first_rank():
         drop_unfinished(work)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    ended = ended_by(checkpoint)
     if checkpoint:
-        scene.talk(f"going on from step {done} of {asked.steps}")
+        scene.talk(f"going on from step {done} of {asked.steps}" if ended is None else f"trained up to step {done}")
     arguments = _arguments(scene, data, work, begins=checkpoint is None)
+    rows = data.train
+    if ended is not None:
+        # Trainer goes on to the end of what it takes for an epoch; where that is one step there is none left.
+        arguments.max_steps, rows = done, rows[: asked.batch]
     own = torch.optim.AdamW(list(course.groups), weight_decay=asked.weight_decay) if course.groups else None
     with ExitStack() as stack:
-        task = stack.enter_context(scene.progress.task(course.work, total=asked.steps - done, unit="steps"))
-        watch = _Watch(scene, work, task, course)
-        callbacks: list[TrainerCallback] = [watch]
-        if asked.patience is not None:
-            callbacks.insert(0, EarlyStoppingCallback(asked.patience))
+        task = stack.enter_context(scene.progress.task(course.work, total=arguments.max_steps - done, unit="steps"))
+        watch = _Watch(scene, work, task, course, ended or "steps")
         trainer = _Trainer(
             objective,
             scene,
             model=model,
             args=arguments,
-            train_dataset=_Rows(data.inputs, data.train),
+            train_dataset=_Rows(data.inputs, rows),
             eval_dataset=_Rows(data.inputs, data.held_out) if len(data.held_out) else None,
-            callbacks=callbacks,
+            callbacks=[watch],
             optimizers=(own, None),
         )
         trainer.remove_callback(PrinterCallback)
         _shards.check(trainer)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except FloatingPointError as error:
+            raise watch.diverged(str(error), trainer.state.global_step) from error
         _tell_speed(watch, scene, data)
         state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         # Mixed precision would stay with the model's forward.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    return _told(trainer.state, watch, asked.steps), state
+    return _told(trainer.state, watch.stopped_by), state
 
 
 def _arguments(scene: Scene, data: Data, work: Path, *, begins: bool) -> TrainingArguments:
@@ -254,15 +308,12 @@ def _arguments(scene: Scene, data: Data, work: Path, *, begins: bool) -> Trainin
     return arguments
 
 
-def _told(state: Any, watch: _Watch, steps: int) -> dict[str, Any]:
+def _told(state: Any, stopped_by: str) -> dict[str, Any]:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     watched = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    reason = watch.stopped_by
-    if reason == "steps" and state.global_step < steps:
-        reason = "patience"
     told: dict[str, Any] = {
         "steps_done": state.global_step,
-        "stopped_by": reason,
+        "stopped_by": stopped_by,
         "loss": losses[-1] if losses else None,
     }
     if watched:
@@ -280,6 +331,12 @@ def _tell_speed(watch: _Watch, scene: Scene, data: Data) -> None:
         a_step = statistics.median(watch.step_seconds)
         tokens = scene.asked.batch * next(iter(data.inputs.values())).shape[1]
         scene.talk(f"a step took {1000 * a_step:.0f} ms, {tokens / a_step:,.0f} tokens a second")
+
+
+def _local(value: Any) -> Tensor:
+    """What this process holds of a parameter, which FSDP spreads."""
+    found: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return found
 
 
 def _any_rank(flag: bool, device: Any) -> bool:

@@ -55,6 +55,10 @@ def check(asked: Heal, decoder: bool) -> None:
     from prunekit.heal._lora import require_peft
 
     HEALS.get(asked.method)(**asked.knobs).check(decoder)
+    if asked.knobs.get("relations") and (asked.attention is not None or asked.compile):
+        other = "attention" if asked.attention is not None else "compile"
+        why = "what the model's own attention reads is watched"
+        raise UsageError(f"`heal.relations` does not go with `heal.{other}`", why=why, hint="take one of them out")
     if asked.attention is not None:
         if not decoder:
             raise UsageError("`heal.attention` needs a model that writes text", why="its patterns are causal")
@@ -128,6 +132,7 @@ def heal(scene: Scene, work: Path) -> Healed:
             switch = Switch(asked)
             stack.enter_context(attending(model, switch))
             course = Course(at_step=switch.at_step)
+        stack.enter_context(objective.listening(model))
         told, state = train(trained, objective, data, scene, work, course)
     if told.get("held_out_after", 0.0) > told.get("held_out_before", 0.0):
         scene.talk("the held-out loss is worse than before training: a lower `heal.lr` or more steps may help")

@@ -99,14 +99,16 @@ class Scene:
 class Objective(Protocol):
     """What is made small. `hidden_states`: whether the model must give them; `teacher`: a model run at every step.
 
+    `of_tokens`: whether the loss is a mean over tokens, padding left out, instead of one over sequences.
     Called with the student's outputs, its inputs by name, and the numbers of the rows in the data, int64 [B].
     """
 
     hidden_states: bool
     teacher: Any
+    of_tokens: bool
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """The loss, a mean over tokens."""
+        """The loss, a scalar."""
 
 
 def matches(pairs: Sequence[Pair], dense_blocks: int) -> tuple[int, ...]:

@@ -197,13 +197,16 @@ def test_killed_healing_goes_on_where_it_was(
 def test_two_ranks_give_the_weights_of_one(cut: Path, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for ranks, start in ((1, []), (2, torchrun)):
-        words = command(cut, tmp_path / f"o{ranks}", "--quiet", "--set", "heal.top_k=32")
+        words = command(cut, tmp_path / f"o{ranks}", "--quiet", "--set", "heal.top_k=32", "--set", "heal.held_out=0.22")
         done = subprocess.run(
             [sys.executable, *start, "-m", "prunekit.cli.main", *words], capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.splitlines()[-1] == str(tmp_path / f"o{ranks}")
     one, two = (load_file(tmp_path / f"o{ranks}" / "model.safetensors") for ranks in (1, 2))
+    # Nine rows are held out, which two processes cannot share alike.
+    told = [json.loads((tmp_path / f"o{ranks}" / "prunekit.json").read_text())["heal"] for ranks in (1, 2)]
+    assert told[1]["held_out_before"] == pytest.approx(told[0]["held_out_before"], rel=1e-5)
     raw = load_file(cut / "model.safetensors")
     moved = max(float((one[name] - raw[name]).abs().max()) for name in one)
     apart = max(float((one[name] - two[name]).abs().max()) for name in one)

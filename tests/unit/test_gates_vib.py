@@ -194,6 +194,13 @@ def test_loss_that_is_no_number_stops(llama: Bench, tmp_path: Path) -> None:
     assert "`learn.gate_lr`" in caught.value.hint
 
 
+def test_masks_that_are_no_numbers_are_not_said_to_miss_the_budget(llama: Bench, tmp_path: Path) -> None:
+    with pytest.raises(HealError, match="is not a number at step 2") as caught:
+        learned(llama, tmp_path / "w", gate_lr=1e30, warm_up=0.25)
+    assert "lower `learn.gate_lr`" in caught.value.hint
+    assert not (tmp_path / "w").exists()
+
+
 def test_sublayers_behind_a_norm_are_refused(tmp_path: Path) -> None:
     view = ModelView.open(write_tiny("gemma2", tmp_path / "dense"))
     with pytest.raises(StructureError, match="cannot be gated"):

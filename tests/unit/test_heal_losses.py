@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunekit.heal._losses import Top, hidden_error, kl, kl_of_top, next_token, top
+from prunekit.heal._relations import relation_error
 from prunekit.heal.scene import matches
 
 
@@ -69,6 +70,43 @@ def test_hidden_error_is_relative_for_each_token_and_leaves_padding_out() -> Non
     theirs = torch.tensor([[[3.0, 4.0], [300.0, 400.0], [1.0, 1.0]]])
     ours = theirs + torch.tensor([[[5.0, 0.0], [0.0, 500.0], [9.0, 9.0]]])
     assert float(hidden_error(ours, theirs, torch.tensor([[1, 1, 0]]))) == pytest.approx(1.0)
+
+
+def states(seed: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of 2 sequences of 5 tokens, heads of width 3."""
+    draw = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(2, heads, 5, 3, generator=draw) for _ in range(3))
+    return query, key, value
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "padded"])
+def test_relations_are_compared_token_by_token_over_heads_joined(causal: bool) -> None:
+    """Student of 4 heads, teacher of 6: two relation heads, of 2 and of 3 heads."""
+    ours, theirs = states(0, 4), states(1, 6)
+    mask = None if causal else torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    errors: list[float] = []
+    for b in range(2):
+        for t in range(5 if causal or b == 0 else 3):
+            seen = range(t + 1) if causal else range(5 if b == 0 else 3)
+            found = 0.0
+            for a, c in zip(ours, theirs, strict=True):
+                for r in range(2):
+                    student, teacher = (
+                        torch.stack([(x[b, h, t] * x[b, h, u]).sum() / math.sqrt(3 * n) for u in seen]).softmax(0)
+                        for x, n, h in ((a, 2, slice(2 * r, 2 * r + 2)), (c, 3, slice(3 * r, 3 * r + 3)))
+                    )
+                    found += float((teacher * (teacher / student).log()).sum()) / 6
+            errors.append(found)
+    assert float(relation_error(ours, theirs, mask)) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_alike_relations_have_no_error_and_finite_gradients() -> None:
+    ours = states(0, 4)
+    for each in ours:
+        each.requires_grad_()
+    loss = relation_error(ours, states(0, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]))
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(loss, ours))
 
 
 @pytest.mark.parametrize(

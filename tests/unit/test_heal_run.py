@@ -103,11 +103,53 @@ def test_block_outputs_can_be_matched(llama: Bench, tmp_path: Path) -> None:
     assert told["held_out_after"] < 0.8 * told["held_out_before"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_attention_relations_are_learned_and_attention_is_put_back(tmp_path: Path, family: str) -> None:
+    decoder = family != "bert"
+    drop = DROP if family == "llama" else ("blocks.1.attention", "blocks.1.ffn")
+    made = bench(tmp_path, family, drop=drop)
+    teacher = load_model(made.dense)
+    own = teacher.config._attn_implementation
+    scene = replace(made.scene(decoder, relations=100.0, steps=40, check_every=40), load_teacher=lambda: teacher)
+    healed = heal(scene, tmp_path / "w")
+    # Without relations the loss before training is below 1.
+    assert healed.about["held_out_before"] > 3
+    assert healed.about["held_out_after"] < 0.8 * healed.about["held_out_before"]
+    assert teacher.config._attn_implementation == healed.model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [({"attention": "subsampled", "length_tokens": 16}, "`heal.attention`"), ({"compile": True}, "`heal.compile`")],
+    ids=["attention", "compile"],
+)
+def test_relations_of_another_attention_are_refused(llama: Bench, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=f"`heal.relations` does not go with {words}"):
+        check(llama.scene(relations=1.0, **asked).asked, decoder=True)
+
+
 def test_passes_of_a_step_add_up_to_the_step(llama: Bench, tmp_path: Path) -> None:
     whole = weights(heal(llama.scene(), tmp_path / "a").model)
     parts = weights(heal(llama.scene(accumulate=4), tmp_path / "b").model)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, **NOISE)
+
+
+def test_passes_of_sentences_add_up_whatever_their_lengths(tmp_path: Path) -> None:
+    made = bench(tmp_path, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    lines = (
+        "one two three four five six seven eight" + " nine" * (i % 5) if i % 2 else "a b c d e f g h" for i in range(80)
+    )
+    made.text.write_text("\n".join(lines))
+    asked = {"decoder": False, "length_tokens": 60}
+    one, four = (heal(made.scene(accumulate=n, **asked), tmp_path / str(n)) for n in (1, 4))
+    # Five rows are held out, in batches of four and one, or one by one.
+    for name in ("held_out_before", "held_out_after"):
+        assert four.about[name] == pytest.approx(one.about[name], rel=1e-5)
+    whole, parts = weights(one.model), weights(four.model)
+    # A bias of the keys changes no attention, so that its gradient is noise.
+    for name in (name for name in whole if "key.bias" not in name):
+        torch.testing.assert_close(parts[name], whole[name], **NOISE)
 
 
 def interrupted(bench: Bench, work: Path, at: str, **asked: Any) -> None:
@@ -145,6 +187,54 @@ def test_training_that_was_done_is_not_done_again(llama: Bench, tmp_path: Path) 
     assert again.about["steps_done"] == 4
     for name, value in weights(again.model).items():
         torch.testing.assert_close(value, first[name], rtol=0, atol=0)
+
+
+ENDED: list[tuple[str, dict[str, Any]]] = [
+    # 16 rows make epochs of 4 steps.
+    ("steps", {"steps": 3, "check_every": 3, "held_out": 0.0}),
+    ("patience", {"steps": 40, "lr": 1e-12, "patience": 2}),
+    ("minutes", {"steps": 4000, "minutes": 1e-6, "check_every": 1000}),
+]
+
+
+@pytest.mark.parametrize(("by", "asked"), ENDED, ids=[entry[0] for entry in ENDED])
+def test_training_that_ended_is_not_gone_on_with(llama: Bench, tmp_path: Path, by: str, asked: dict[str, Any]) -> None:
+    first = heal(llama.scene(**asked), tmp_path / "w")
+    again = heal(llama.scene(**asked), tmp_path / "w")
+    assert again.about == first.about
+    assert again.about["stopped_by"] == by
+    for name, value in weights(again.model).items():
+        torch.testing.assert_close(value, weights(first.model)[name], rtol=0, atol=0)
+
+
+def test_patience_counts_on_after_a_kill(llama: Bench, tmp_path: Path) -> None:
+    asked = {"steps": 40, "lr": 1e-12, "patience": 4}
+    whole = heal(llama.scene(**asked), tmp_path / "whole").about
+    interrupted(llama, tmp_path / "w", "step 6 ", **asked)
+    assert heal(llama.scene(**asked), tmp_path / "w").about["steps_done"] == whole["steps_done"]
+
+
+def test_best_state_is_found_from_another_folder(llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"steps": 12, "lr": 1.0, "warm_up": 0.9}
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    first = heal(llama.scene(**asked), Path("w"))
+    assert first.about["best_step"] < 12
+    monkeypatch.chdir(tmp_path / "below")
+    again = weights(heal(llama.scene(**asked), Path("../w")).model)
+    for name, value in weights(first.model).items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+
+
+def test_damage_to_the_best_checkpoint_is_named_too(llama: Bench, tmp_path: Path) -> None:
+    work, asked = tmp_path / "w", {"steps": 12, "lr": 1.0, "warm_up": 0.9}
+    interrupted(llama, work, "step 10 ", **asked)
+    best = min(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    (best / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(HealError, match=f"{best.name}` is damaged") as caught:
+        heal(llama.scene(**asked), work)
+    assert "the best one so far" in caught.value.hint
+    assert best.is_dir()
 
 
 def test_checkpoint_that_was_not_finished_is_ignored(llama: Bench, tmp_path: Path) -> None:
@@ -189,6 +279,14 @@ def test_loss_that_is_no_number_stops_and_keeps_the_last_good_state(llama: Bench
     good = max(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     assert good.name in caught.value.why
     assert all(bool(value.isfinite().all()) for value in load_file(good / "model.safetensors").values())
+
+
+def test_weights_that_are_no_numbers_are_no_good_state(llama: Bench, tmp_path: Path) -> None:
+    asked = {"method": "finetune", "steps": 9, "check_every": 1, "lr": 1e38, "max_grad_norm": 1e30, "warm_up": 0.0}
+    with pytest.raises(HealError, match="norm of the weights is not a number at step 1") as caught:
+        heal(llama.scene(held_out=0.0, **asked), tmp_path / "w")
+    assert "last good state" not in caught.value.why
+    assert not (tmp_path / "w").exists()
 
 
 def test_training_stops_when_the_held_out_part_gets_no_better(llama: Bench, tmp_path: Path) -> None:

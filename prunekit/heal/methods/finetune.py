@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict
@@ -11,6 +12,8 @@ from pydantic.dataclasses import dataclass
 from prunekit.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
 
     from prunekit.heal.scene import Objective, Scene
@@ -61,6 +64,11 @@ class Finetune:
 class _Objective:
     hidden_states = False
     teacher = None
+    of_tokens = True
+
+    def listening(self, model: Any) -> AbstractContextManager[None]:
+        """Nothing is seen but outputs."""
+        return nullcontext()
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         from prunekit.heal._losses import next_token
