@@ -6,9 +6,9 @@
 
 Every method takes the same fraction of block parameters and is judged by the Spearman correlation of its cosines with
 people's scores, and by the mean cosine of its vectors with the dense model's. A method chooses once; the states begin
-from that one choice. `shrp` takes heads alone, as `magnitude:heads` does; in `magnitude+shrp` neurons go by magnitude
-before, as many as in `magnitude`. It trains weights while it chooses, so a repair, which fits the dense model's
-matrices, does not apply to it. Nothing is learned, fitted or healed on the text that is judged.
+from that one choice. `shrp` takes heads alone; in `magnitude+shrp` neurons go by magnitude before, as many as in
+`magnitude`. It trains weights while it chooses, so a repair, which fits the dense model's matrices, does not apply to
+it. Nothing is learned, fitted or healed on the text that is judged.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import Any
 
 from record import made_with, record
 
-METHODS = ("magnitude", "vib", "shrp", "magnitude:heads", "magnitude+shrp")
+METHODS = ("magnitude", "vib", "shrp", "magnitude+shrp")
+# What heads take by magnitude of a fraction to remove: as much as they hold of the blocks' parameters.
+HEADS = 1 / 3
 STATES = ("raw", "repaired", "healed", "repaired, healed")
 
 
 def chosen_by(given: argparse.Namespace, method: str, remove: float) -> dict[str, Any]:
     """The part of a recipe that chooses."""
-    neurons = by_magnitude("neurons", remove * (1 - given.heads), multiple_of=given.multiple)
+    neurons = by_magnitude("neurons", remove * (1 - HEADS), multiple_of=given.multiple)
     if method == "magnitude":
-        return {"steps": [by_magnitude("kv_groups", remove * given.heads), neurons]}
-    if method == "magnitude:heads":
-        return {"steps": [by_magnitude("kv_groups", remove)]}
+        return {"steps": [by_magnitude("kv_groups", remove * HEADS), neurons]}
     learn = {**training(given), "method": method.rpartition("+")[2], "steps": given.learn_steps}
     if method == "vib":
         budget = {"remove": remove, "multiple_of": given.multiple}
@@ -42,7 +42,7 @@ def chosen_by(given: argparse.Namespace, method: str, remove: float) -> dict[str
     routed = {**learn, "remove": ["kv_groups"], "lr": given.shrp_lr}
     if method == "shrp":
         return {"learn": {**routed, "budget": {"remove": remove}}}
-    return {"steps": [neurons], "learn": {**routed, "budget": {"remove": remove * given.heads}}}
+    return {"steps": [neurons], "learn": {**routed, "budget": {"remove": remove * HEADS}}}
 
 
 def by_magnitude(kind: str, remove: float, **budget: Any) -> dict[str, Any]:
@@ -210,9 +210,6 @@ def main() -> None:
     parser.add_argument("--states", default="raw;repaired;healed", help=f"semicolon between: {'; '.join(STATES)}")
     parser.add_argument("--no-dense", action="store_true", help="leave the row of the dense model out")
     parser.add_argument("--data", nargs="+", default=["wikitext2"], help="texts to learn from and to heal on")
-    parser.add_argument(
-        "--heads", type=float, default=1 / 3, help="part of the fraction that heads take by magnitude [as they weigh]"
-    )
     parser.add_argument("--train-length", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--check-every", type=int, default=50)
