@@ -6,8 +6,9 @@
 
 Every method takes the same fraction of block parameters and is judged by the Spearman correlation of its cosines with
 people's scores, and by the mean cosine of its vectors with the dense model's. A method chooses once; the states begin
-from that one choice. `shrp` trains weights while it chooses, so a repair, which fits the dense model's matrices, does
-not apply to it. Nothing is learned, fitted or healed on the text that is judged.
+from that one choice. `shrp` takes heads alone; in `magnitude+shrp` neurons go by magnitude before, as many as in
+`magnitude`. It trains weights while it chooses, so a repair, which fits the dense model's matrices, does not apply to
+it. Nothing is learned, fitted or healed on the text that is judged.
 """
 
 from __future__ import annotations
@@ -23,23 +24,31 @@ from typing import Any
 
 from record import made_with, record
 
-METHODS = ("magnitude", "vib", "shrp")
+METHODS = ("magnitude", "vib", "shrp", "magnitude+shrp")
+# What heads take by magnitude of a fraction to remove: as much as they hold of the blocks' parameters.
+HEADS = 1 / 3
 STATES = ("raw", "repaired", "healed", "repaired, healed")
 
 
 def chosen_by(given: argparse.Namespace, method: str, remove: float) -> dict[str, Any]:
     """The part of a recipe that chooses."""
+    neurons = by_magnitude("neurons", remove * (1 - HEADS), multiple_of=given.multiple)
     if method == "magnitude":
-        # As the blocks' parameters are: a third in heads, two thirds in neurons.
-        parts = {"kv_groups": remove / 3, "neurons": 2 * remove / 3}
-        budgets = {kind: {"remove": part, "of": "params", "within": "model"} for kind, part in parts.items()}
-        budgets["neurons"]["multiple_of"] = given.multiple
-        return {"steps": [{"remove": k, "by": {"score": "magnitude"}, "budget": b} for k, b in budgets.items()]}
-    learn = {**training(given), "method": method, "steps": given.learn_steps}
+        return {"steps": [by_magnitude("kv_groups", remove * HEADS), neurons]}
+    learn = {**training(given), "method": method.rpartition("+")[2], "steps": given.learn_steps}
+    if method == "vib":
+        budget = {"remove": remove, "multiple_of": given.multiple}
+        return {"learn": {**learn, "remove": ["neurons", "kv_groups"], "budget": budget}}
+    routed = {**learn, "remove": ["kv_groups"], "lr": given.shrp_lr}
     if method == "shrp":
-        return {"learn": {**learn, "remove": ["kv_groups"], "budget": {"remove": remove}, "lr": given.shrp_lr}}
-    budget = {"remove": remove, "multiple_of": given.multiple}
-    return {"learn": {**learn, "remove": ["neurons", "kv_groups"], "budget": budget}}
+        return {"learn": {**routed, "budget": {"remove": remove}}}
+    return {"steps": [neurons], "learn": {**routed, "budget": {"remove": remove * HEADS}}}
+
+
+def by_magnitude(kind: str, remove: float, **budget: Any) -> dict[str, Any]:
+    """A step by the size of weights, over all blocks at once."""
+    by = {"remove": remove, "of": "params", "within": "model", **budget}
+    return {"remove": kind, "by": {"score": "magnitude"}, "budget": by}
 
 
 def training(given: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +84,7 @@ def recipe_of(given: argparse.Namespace, method: str, remove: float, state: str)
 def states_of(given: argparse.Namespace, method: str) -> list[str]:
     """States that apply to a method."""
     wanted = [state.strip() for state in given.states.split(";")]
-    return [state for state in wanted if method != "shrp" or "repaired" not in state]
+    return [state for state in wanted if "shrp" not in method or "repaired" not in state]
 
 
 def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -160,20 +169,32 @@ def facts(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(file: Path) -> str:
-    """Markdown: a line a fraction and method, a column a state: Spearman x 100, and the cosine behind it."""
+    """Markdown: a line a fraction, method and length of learning, a column a state and length of healing.
+
+    In a cell Spearman x 100, and the cosine behind it. Of two rows for one cell the later counts.
+    """
     found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    states = [state for state in STATES if any(row["state"] == state for row in found)]
-    lines = ["| asked | who chooses | block parameters | " + " | ".join(states) + " |"]
-    lines.append("|---" * (3 + len(states)) + "|")
-    cells: dict[tuple[float, str], dict[str, Any]] = {}
+    cells: dict[tuple[float, str, int], dict[str, dict[str, Any]]] = {}
     for row in found:
-        cells.setdefault((row["remove"], row["method"]), {})[row["state"]] = row
-    for (remove, method), by_state in cells.items():
-        before, after = next(iter(by_state.values())).get("block_params", (1, 1))
-        shown = [by_state.get(state) for state in states]
-        texts = ["" if row is None else f"{100 * row['spearman']:.1f} ({row['cosine']:.3f})" for row in shown]
-        lines.append(f"| {remove:.0%} | {method} | {after / before - 1:.1%} | " + " | ".join(texts) + " |")
+        key = (row["remove"], row["method"], row.get("learn", {}).get("steps", 0))
+        cells.setdefault(key, {})[column_of(row)] = row
+    shown = {column_of(row): STATES.index(row["state"]) for row in found}
+    columns = sorted(shown, key=lambda column: (shown[column], len(column), column))
+    lines = ["| asked | who chooses | steps | block parameters | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (4 + len(columns)) + "|")
+    for (remove, method, steps), by_column in sorted(cells.items(), key=lambda cell: cell[0][0]):
+        before, after = next(iter(by_column.values())).get("block_params", (1, 1))
+        rows_of = [by_column.get(column) for column in columns]
+        texts = ["" if row is None else f"{100 * row['spearman']:.1f} ({row['cosine']:.3f})" for row in rows_of]
+        learned = f"{steps:,}" if steps else ""
+        lines.append(f"| {remove:.0%} | {method} | {learned} | {after / before - 1:.1%} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
+
+
+def column_of(row: dict[str, Any]) -> str:
+    """The state of a row, with the steps of its healing."""
+    steps = row.get("heal", {}).get("steps")
+    return row["state"] + (f", {steps} steps" if steps else "")
 
 
 def main() -> None:

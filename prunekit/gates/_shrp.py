@@ -70,13 +70,18 @@ class Routers(nn.Module):
         return self
 
     def doubt(self) -> Tensor:
-        """How much less a head was taken than the last of the `top` of its block, as a logarithm; above 0 it goes."""
+        """How much less each head was taken than the `top` of its block, as a logarithm.
+
+        0 lies half-way between the last of them and the next; above it a head goes.
+        """
         found = torch.empty(len(self.usage), dtype=torch.float64)
         for place in self._places:
             taken = (self.usage + _SOFT * self.chance)[place.slice].cpu().double()
             log = (taken / taken.sum().clamp_min(_TINY) + _TINY).log()
             order = log.sort(descending=True).values
-            found[place.slice] = (order[self.top - 1] + order[min(self.top, len(order) - 1)]) / 2 - log
+            # Where sequences take every head, none goes by this rule.
+            below = order[self.top] if self.top < len(order) else order[-1] - 1
+            found[place.slice] = (order[self.top - 1] + below) / 2 - log
         return found
 
     def fixed(self) -> Tensor:

@@ -255,5 +255,16 @@ def test_more_heads_than_there_are_is_refused(view: ModelView) -> None:
         routers(view, top=5)
 
 
+def test_no_head_goes_by_the_rule_where_every_sequence_takes_all(view: ModelView) -> None:
+    gates = routers(view, top=HEADS)
+    gates.usage.fill_(6)
+    gates.chance.copy_(torch.linspace(1, 2, 16))
+    assert (gates.doubt() < 0).all()
+    # What the budget takes is still chosen by probability.
+    gates.eval()
+    assert gates.chosen is not None
+    assert gates.chosen.keep.nonzero().flatten().tolist() == [3, 7, 11, 15]
+
+
 def test_doubt_is_finite_before_anything_is_counted(view: ModelView) -> None:
     assert all(map(math.isfinite, routers(view).doubt().tolist()))
