@@ -143,15 +143,15 @@ def test_both_kinds_of_cache_write_the_same(model, ids, pattern):
 
 @pytest.mark.parametrize("pattern", EVERY, ids=str)
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
-def test_a_padded_prompt_writes_what_it_writes_alone(model, ids, pattern, kind):
+@pytest.mark.parametrize("pads", [16, 11])
+def test_a_padded_prompt_writes_what_it_writes_alone(model, ids, pattern, kind, pads):
     def cache():
         return StaticCache(model.config, max_cache_len=96) if kind is StaticCache else DynamicCache()
 
     short = ids[:1, :48]
-    # 16 slots of padding, so that pages, which count from slot 0, cut the prompt as they do when it is alone.
-    batch = torch.stack([torch.cat([torch.zeros(16, dtype=torch.long), short[0]]), ids[1, :64]])
+    batch = torch.stack([torch.cat([torch.zeros(pads, dtype=torch.long), short[0]]), ids[1, : pads + 48]])
     mask = torch.ones_like(batch)
-    mask[0, :16] = 0
+    mask[0, :pads] = 0
     with attach(model, pattern):
         alone = model.generate(short, **GREEDY)[0, -12:]
         both = model.generate(batch, attention_mask=mask, past_key_values=cache(), **GREEDY)
@@ -196,12 +196,14 @@ def test_beams_that_change_places_read_their_own_pages(model, ids):
     assert first.tolist() == again.flip(0).tolist()
 
 
-def test_padding_is_not_read_and_shapes_no_page():
+@pytest.mark.parametrize(("pads", "behind"), [(8, 0), (7, 0), (0, 5), (7, 3)])
+def test_padding_is_not_read_and_shapes_no_page(pads, behind):
     q, k, v = draw(4, 1, 0), draw(2, 60, 1), draw(2, 60, 2)
-    mask = torch.ones(1, 60, dtype=torch.bool)
-    mask[0, :8] = False
-    alone = attended(Quest(4, 16), torch.nn.Module(), q, k[:, :, 8:], v[:, :, 8:])
-    k[:, :, :8], v[:, :, :8] = 1e4, float("nan")
+    seen = slice(pads, 60 - behind)
+    mask = torch.zeros(1, 60, dtype=torch.bool)
+    mask[0, seen] = True
+    alone = attended(Quest(4, 16), torch.nn.Module(), q, k[:, :, seen], v[:, :, seen])
+    k[:, :, ~mask[0]], v[:, :, ~mask[0]] = 1e4, float("nan")
     torch.testing.assert_close(attended(Quest(4, 16), torch.nn.Module(), q, k, v, mask), alone)
 
 

@@ -47,7 +47,7 @@ def step(
     """
     batch, kv_heads, n_keys = key.shape[:3]
     if is_scored(pattern):
-        lists = _scored_lists(pattern, module, query, key, mask)
+        lists = _scored_lists(pattern, module, query, key, mask, from_first)
     elif mask is None:
         lists = _static_lists(pattern, n_keys, batch, kv_heads, str(key.device))
     else:
@@ -134,7 +134,9 @@ def _static_lists(pattern: Pattern, n_keys: int, batch: int, kv_heads: int, devi
     )  # fmt: skip
 
 
-def _scored_lists(pattern: Scored, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> PageLists:
+def _scored_lists(
+    pattern: Scored, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, from_first: bool
+) -> PageLists:
     """The pages with the best scores, the newest token's among them; with a mask, their tokens that it leaves."""
     batch, kv_heads, n_keys = key.shape[:3]
     size, keep = pattern.pages
@@ -145,27 +147,9 @@ def _scored_lists(pattern: Scored, module: nn.Module, query: Tensor, key: Tensor
         count = torch.full((batch, kv_heads), n_keys, dtype=torch.int32, device=key.device)
         return PageLists.whole(count, n_keys, WHOLE_PAGE)
     if mask is not None:
-        # Padding must not shape a page's summary: it takes the values of the newest token, whose page is read anyway.
-        newest = (spans_of(mask)[1] - 1).long().view(-1, 1, 1).expand(batch, kv_heads, 1)
-        key = torch.where(
-            mask[:, None, :, None], key, key.gather(2, newest[..., None].expand(-1, -1, -1, key.shape[-1]))
-        )
-        scores = pattern.page_scores(query, pattern.summaries(key))
-        used = pad(mask, (0, n_pages * size - n_keys)).unflatten(1, (n_pages, size)).any(2)
-        scores = scores.masked_fill(~used[:, None], float("-inf")).scatter(2, newest // size, float("inf"))
-    else:
-        summaries = pattern.summaries(key) if cannot_ask(key) else growing_summaries(pattern, module, key)
-        scores = pattern.page_scores(query, summaries)
-    _, _, table = select_blocks(
-        scores.flatten(0, 1).unsqueeze(1), 1, n_keys, block_q=1, block_k=size, q_offset=n_keys - 1, keep=keep, sink=0,
-        window=1 if mask is None else 0, ascending=True,
-    )  # fmt: skip
-    pages = table[:, 0, :keep].unflatten(0, (batch, kv_heads))
-    if mask is not None:
-        chosen = torch.zeros(batch, kv_heads, n_pages, dtype=torch.bool, device=key.device)
-        chosen.scatter_(2, pages.long(), True)
-        tokens = chosen.repeat_interleave(size, 2)[..., :n_keys] & mask[:, None]
-        return PageLists.from_mask(tokens, kv_heads)
+        return _masked_lists(pattern, query, key, mask, from_first)
+    summaries = pattern.summaries(key) if cannot_ask(key) else growing_summaries(pattern, module, key)
+    pages = _best_pages(pattern.page_scores(query, summaries), n_keys, size, keep, window=1)
     read = (keep - 1) * size + n_keys - (n_pages - 1) * size
     # A captured step makes its own: what capturing makes holds nothing before the first replay.
     make = _table_shape.__wrapped__ if cannot_ask(key) else _table_shape
@@ -174,6 +158,43 @@ def _scored_lists(pattern: Scored, module: nn.Module, query: Tensor, key: Tensor
         indices=pages.reshape(-1), starts=starts, tokens=count, page_tokens=size, paged=False, longest=keep * size,
         total=batch * kv_heads * keep * size,
     )  # fmt: skip
+
+
+def _masked_lists(pattern: Scored, query: Tensor, key: Tensor, mask: Tensor, from_first: bool) -> PageLists:
+    """Tokens of the best pages that a mask leaves; pages count from where positions do."""
+    batch, kv_heads, n_keys, channels = key.shape
+    size, keep = pattern.pages
+    n_pages = -(-n_keys // size)
+    mask = mask.expand(batch, -1)
+    first, end = (place.long() for place in spans_of(mask))
+    first = first if from_first else torch.zeros_like(first)
+    slots = torch.arange(n_keys, device=key.device)
+    # The token at each place counted from the first one; what lies before that comes last.
+    place = (slots + first[:, None]) % n_keys
+    inner, newest = mask.gather(1, place), end - 1 - first
+    # Padding must not shape a page's summary: it takes the values of the newest token, whose page is read anyway.
+    place = torch.where(inner, place, end[:, None] - 1)
+    key = key.gather(2, place[:, None, :, None].expand(-1, kv_heads, -1, channels))
+    scores = pattern.page_scores(query, pattern.summaries(key))
+    used = pad(inner, (0, n_pages * size - n_keys)).unflatten(1, (n_pages, size)).any(2)
+    at = newest.view(-1, 1, 1).expand(-1, kv_heads, 1) // size
+    scores = scores.masked_fill(~used[:, None], float("-inf")).scatter(2, at, float("inf"))
+    pages = _best_pages(scores, n_keys, size, keep, window=0)
+    chosen = torch.zeros(batch, kv_heads, n_pages, dtype=torch.bool, device=key.device)
+    chosen.scatter_(2, pages.long(), True)
+    tokens = chosen.repeat_interleave(size, 2)[..., :n_keys]
+    back = (slots - first[:, None]) % n_keys
+    tokens = tokens.gather(2, back[:, None].expand(-1, kv_heads, -1))
+    return PageLists.from_mask(tokens & mask[:, None], kv_heads)
+
+
+def _best_pages(scores: Tensor, n_keys: int, size: int, keep: int, window: int) -> Tensor:
+    """Pages with the best scores [B, G, P] in order, int32 [B, G, keep]; the last `window` of all are among them."""
+    _, _, table = select_blocks(
+        scores.flatten(0, 1).unsqueeze(1), 1, n_keys, block_q=1, block_k=size, q_offset=n_keys - 1, keep=keep, sink=0,
+        window=window, ascending=True,
+    )  # fmt: skip
+    return table[:, 0, :keep].unflatten(0, scores.shape[:2])
 
 
 @functools.lru_cache(maxsize=64)
@@ -236,12 +257,8 @@ def _fixed_table(filled: Tensor, kv_heads: int, n_keys: int, size: int, keep: in
 def _fixed_lists(scores: Tensor, shape: tuple[Tensor, ...], n_keys: int, size: int, keep: int) -> PageLists:
     """The pages with the best scores, in order, so that pages that nobody filled come last and are not read."""
     special, instead, starts, tokens = shape
-    scores = torch.where(special, instead, scores)
-    _, _, table = select_blocks(
-        scores.flatten(0, 1).unsqueeze(1), 1, n_keys, block_q=1, block_k=size, q_offset=n_keys - 1, keep=keep, sink=0,
-        window=0, ascending=True,
-    )  # fmt: skip
+    pages = _best_pages(torch.where(special, instead, scores), n_keys, size, keep, window=0)
     return PageLists(
-        indices=table[:, 0, :keep].reshape(-1), starts=starts, tokens=tokens, page_tokens=size, paged=False,
+        indices=pages.reshape(-1), starts=starts, tokens=tokens, page_tokens=size, paged=False,
         longest=keep * size, total=tokens.numel() * keep * size,
     )  # fmt: skip
