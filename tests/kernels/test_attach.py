@@ -423,3 +423,14 @@ def test_the_slow_path_is_said_once_and_refused_when_strict(model, ids):
     with pytest.raises(RuntimePolicyError, match="no kernel"):
         attach(model, "power", strict=True)
     assert model.config._attn_implementation != "prunekit"
+
+
+@pytest.mark.parametrize("pattern", ["dense", Power(8, 2, 1)], ids=str)
+def test_what_inference_mode_left_in_caches_serves_a_training_prompt(pattern):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    new = torch.randint(1, 100, (1, 61))
+    with attach(model, pattern):
+        with torch.inference_mode():
+            model.generate(new, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        model(new).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -115,6 +115,7 @@ def _seen(pattern: Pattern, mask: Tensor, from_first: bool) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _static_lists(pattern: Pattern, n_keys: int, batch: int, kv_heads: int, device: str) -> PageLists:
     """The same list for all sequences and heads; all layers of a step share it."""
     newest = torch.tensor(n_keys - 1)
@@ -198,6 +199,7 @@ def _best_pages(scores: Tensor, n_keys: int, size: int, keep: int, window: int) 
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _table_shape(batch: int, kv_heads: int, width: int, tokens: int, device: str) -> tuple[Tensor, Tensor]:
     """Where each list of a table of pages begins and how many tokens it reads, int32 [B, G]; layers share them."""
     starts = torch.arange(batch * kv_heads, dtype=torch.int32, device=device).view(batch, kv_heads) * width

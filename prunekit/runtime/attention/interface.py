@@ -50,11 +50,13 @@ def say_slow(reason: str, stacklevel: int = 2) -> None:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _lists(pattern: Pattern, n_queries: int, n_keys: int, device: str) -> BlockLists:
     return block_lists(pattern, n_queries, n_keys, n_keys - n_queries, device=device)
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _orders(pattern: Pattern, n_tokens: int, device: str) -> tuple[Tensor, Tensor] | None:
     """Token in each slot and slot of each token, int32 [T], or None if slots and positions are the same."""
     order = order_of(pattern, n_tokens)
