@@ -328,7 +328,7 @@ class Bench:
         with torch.no_grad():
             about: dict[str, str] = {"torch": torch.__version__}
             if self.on == "cuda":
-                from attention_decode import facts
+                from attention_device import facts
 
                 about = facts(self.options.commit)
             self.write(what="facts", transformers=transformers.__version__, **about)

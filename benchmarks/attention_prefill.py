@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
+from attention_device import facts
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -231,25 +230,12 @@ def flash4_power(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> Callable
     return run
 
 
-def facts(commit: str) -> dict[str, str]:
-    """Hardware and versions."""
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw", "--format=csv,noheader"]
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver, clock, power": subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
-
-
 def main() -> int:
     """Checks, times, prints a table; 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are written here")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", default="", help="what the rows call the code; asked of git if not given")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--no-dense", action="store_true", help="leave the dense baselines out")
     parser.add_argument("--autotune", action="store_true", help="also FlexAttention in max-autotune mode")

@@ -7,8 +7,8 @@ decode step at batch 8 and 1 with and without the choosing of pages, scored pref
 three-dimensional neighbourhoods. Llama-3-8B heads (32 query, 8 key-value, size 128), bfloat16. Each section checks its
 kernels against float64 or float32 before it times them; a section whose check failed gets no ratios. A case that fails
 becomes a row with the error's text and costs no other case. Rows are written as they come. `--rehearse` runs the whole
-script on tiny shapes without a GPU, under TRITON_INTERPRET=1; its times mean nothing. Long, because one file is easy to
-carry to a machine and start.
+script on tiny shapes without a GPU, under TRITON_INTERPRET=1; its times mean nothing. Long, because sections share
+one clock, one list of failed checks and one time limit.
 
 The kernels are compiled first, all sections at once in processes of their own, so that the run itself finds them in the
 compilers' caches; `--no-warm` leaves that out.
@@ -33,11 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 import torch
-from attention_decode import Device, facts
+from attention_device import Device, Run, facts
+from attention_peers import BACKENDS, compiled_flex, dense, flex_mask, power_rule, tile_rule
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
 from prunekit.runtime.attention.decode import step
 from prunekit.runtime.attention.patterns._engine import block_lists
@@ -59,10 +57,8 @@ from prunekit_kernels.sparse_decode import PageLists, sparse_decode
 from prunekit_kernels.sparse_decode.reference import decode_reference
 
 HEADS, KV_HEADS, DIM, SCALE = 32, 8, 128, 128**-0.5
-BACKENDS = {"dense cudnn": SDPBackend.CUDNN_ATTENTION, "dense flash2": SDPBackend.FLASH_ATTENTION}
 # Gradients sum products of two rounded matrices.
 GRADIENT = 2e-2
-Run = Callable[[], Any]
 
 
 class Suite:
@@ -158,8 +154,8 @@ class Suite:
             start = time.perf_counter()
             run()
             return (((time.perf_counter() - start) * 1e6),) * 3
-        first = min(self.device._times(run, 2))
-        times = torch.tensor(self.device._times(run, min(30, max(5, int(150e3 / first)))), dtype=torch.float64)
+        first = min(self.device.times(run, 2))
+        times = torch.tensor(self.device.times(run, min(30, max(5, int(150e3 / first)))), dtype=torch.float64)
         low, median, high = (float(times.quantile(part)) for part in (0.2, 0.5, 0.8))
         return median, low, high
 
@@ -302,11 +298,15 @@ class Suite:
                 found[name] = self.time("power", shape, name, dense(backend, q, k, v), flops=whole, plain=n > 2**16)
         self.ratios("power", shape, found)
 
+    def failed_in(self, section: str) -> bool:
+        """Whether a check of a section failed."""
+        return any(line.startswith(section) for line in self.failed)
+
     def ratios(self, section: str, shape: str, found: dict[str, float]) -> None:
         """One row of ratios to each peer, unless a check of the section failed."""
         peers = {n: t for n, t in found.items() if n.startswith(("flex", "flash-attn", "dense", "natten"))}
         mine = {n: t for n, t in found.items() if n not in peers}
-        if any(line.startswith(section) for line in self.failed):
+        if self.failed_in(section):
             self.write({"section": section, "what": "ratios", "shape": shape, "error": "a check failed, so none"})
         elif peers and mine:
             table = {n: {p: round(other / t, 3) for p, other in peers.items()} for n, t in mine.items()}
@@ -510,7 +510,8 @@ class Suite:
             backend = BACKENDS["dense cudnn"]
             found["dense cudnn"] = self.time("scored", shape, "dense cudnn", dense(backend, q, k, v), plain=True)
             for name, part in parts.items():
-                part["times_cudnn"] = found["dense cudnn"] / part["all_ms"]
+                if not self.failed_in("scored"):
+                    part["times_cudnn"] = found["dense cudnn"] / part["all_ms"]
                 self.write({"section": "scored", "shape": shape, "what": f"{name}: parts", **part})
                 print("  ", *(f"{label} {value:.3f}" for label, value in part.items()))
         self.ratios("scored", shape, found)
@@ -696,71 +697,6 @@ class Suite:
 def poisoned(on: bool) -> None:
     """Whether memory that nobody wrote holds NaN."""
     torch.use_deterministic_algorithms(on, warn_only=True)
-
-
-def compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def power_rule(pattern: Power) -> Callable[..., Tensor]:
-    size, near, sink = pattern.block_tokens, pattern.window_blocks, pattern.sink_blocks
-
-    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        d = q // size - k // size
-        return ((d < near) | ((d & (d - 1)) == 0) | (k // size < sink)) & (k <= q)
-
-    return rule
-
-
-def tile_rule(sizes: tuple[int, ...], window: tuple[int, ...], tile: tuple[int, ...]) -> Callable[..., Tensor]:
-    """A neighbourhood of slots in the order of tiles, without dilation or stride, for tiles that fit the grid.
-
-    Coordinates come by arithmetic, which costs FlexAttention less than asking a tensor for them.
-    """
-
-    def coordinates(slot: Tensor) -> list[Tensor]:
-        number, inner, found = slot // 128, slot % 128, []
-        for size, t in zip(reversed(sizes), reversed(tile), strict=True):
-            found.append(number % (size // t) * t + inner % t)
-            number, inner = number // (size // t), inner // t
-        return found[::-1]
-
-    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = q >= 0
-        for i, j, size, w in zip(coordinates(q), coordinates(k), sizes, window, strict=True):
-            right = w // 2 + w % 2 - 1
-            first = (i - w // 2).clamp(min=0) - (i + right - (size - 1)).clamp(min=0)
-            seen = seen & (j >= first) & (j < first + w)
-        return seen
-
-    return rule
-
-
-def flex_mask(lists: BlockLists, rule: Callable[..., Tensor]) -> BlockMask:
-    """Our lists as FlexAttention's, which keeps full and masked blocks apart."""
-    counts, partials, indices = (t[0].long() for t in (lists.counts, lists.partials, lists.indices))
-    slot = torch.arange(indices.shape[1], device=indices.device)
-
-    def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        cells = torch.zeros(len(indices), -(-lists.n_keys // lists.block_k), dtype=torch.int64, device=indices.device)
-        row, at = chosen.nonzero(as_tuple=True)
-        cells[row, indices[row, at]] = 1
-        order = torch.argsort(cells, dim=1, descending=True, stable=True)
-        return cells.sum(1).to(torch.int32)[None, None], order.to(torch.int32)[None, None]
-
-    masked = slot < partials[:, None]
-    full = (slot < counts[:, None]) & ~masked
-    return BlockMask.from_kv_blocks(*packed(masked), *packed(full), BLOCK_SIZE=lists.block_k, mask_mod=rule)
-
-
-def dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Callable[[], Tensor]:
-    """Attention to everything through one backend of torch."""
-
-    def run() -> Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-
-    return run
 
 
 def main() -> int:

@@ -25,6 +25,17 @@ def capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
+def multiprocessors(index: int) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def copyable(tensor: Tensor) -> bool:
+    """Whether Hopper's copy engine takes a half-precision tensor: last dimension contiguous, all else by 16 bytes."""
+    return tensor.stride(-1) == 1 and all(s % 8 == 0 for s in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
+
+
 def no_kernels(tensor: Tensor) -> str:
     """Why no kernel runs where a tensor is, or an empty string if kernels do."""
     if tensor.device.type != "cuda":

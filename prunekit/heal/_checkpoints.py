@@ -63,15 +63,15 @@ def _open_work(work: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def seal(checkpoint: Path, ended_by: str | None) -> None:
+def seal(checkpoint: Path, stopped_by: str | None) -> None:
     """Marks a checkpoint as whole.
 
     Args:
         checkpoint: its folder.
-        ended_by: why training ends here; None where it goes on.
+        stopped_by: why training ends here; None where it goes on.
     """
-    if ended_by is not None:
-        write_json(checkpoint / _END, {"stopped_by": ended_by})
+    if stopped_by is not None:
+        write_json(checkpoint / _END, {"stopped_by": stopped_by})
     found = sorted(file.relative_to(checkpoint) for file in checkpoint.rglob("*") if file.is_file())
     files = {name.as_posix(): sha256_file(checkpoint / name) for name in found if name.name != _SEAL}
     write_json(checkpoint / _SEAL, files)

@@ -170,6 +170,8 @@ class _Watch(TrainerCallback):
         finite = all(bool(_local(value).isfinite().all()) for value in model.parameters() if value.requires_grad)
         if _any_rank(not finite, args.device):
             raise self.diverged("norm of the weights", state.global_step)
+        # Learned masks choose here, and say so where finite weights leave them nothing to choose by.
+        model.eval()
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         # Trainer may look for the folder before the first process made it; under FSDP all must load the same one.

@@ -268,8 +268,12 @@ def test_values_of_another_size_than_queries_are_refused(ids):
         v_head_dim=16, first_k_dense_replace=3,
     )  # fmt: skip
     model = DeepseekV3ForCausalLM(config).eval()
-    with attach(model, "dense"), pytest.raises(RuntimePolicyError, match="values of 16 channels beside queries of 24"):
-        model(ids)
+    cache = StaticCache(config, max_cache_len=96)
+    model(ids, past_key_values=cache, use_cache=True)
+    with attach(model, "dense"):
+        for new, more in ((ids, {}), (ids[:, :1], {"past_key_values": cache})):
+            with pytest.raises(RuntimePolicyError, match="values of 16 channels beside queries of 24"):
+                model(new, **more)
 
 
 def test_models_that_no_pattern_is_for_are_refused_and_left_as_they_were(model, monkeypatch):

@@ -12,6 +12,7 @@ from prunekit.core.errors import RuntimePolicyError
 from prunekit.runtime import attach
 from prunekit.runtime.attention import interface, kept
 from prunekit.runtime.attention.patterns.block_topk import BlockTopk
+from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.quest import Quest
 from prunekit.runtime.attention.policy import policy_number
@@ -182,6 +183,17 @@ def test_masks_of_steps_have_one_shape_whatever_is_filled(model):
             model(
                 tokens(1, 0), attention_mask=torch.cat([padding, padding[:, -1:]], 1), **{CACHE: cache}, use_cache=True
             )
+
+
+def test_a_pattern_with_an_order_of_its_own_steps_eagerly_alone(model, monkeypatch):
+    cache = fixed(model)
+    forward(model, tokens(299, 0), cache)
+    expected = forward(model, tokens(1, 1), copy.deepcopy(cache))
+    with attach(model, Neighborhood((10, 30), (10, 30), causal_axes=1)):
+        torch.testing.assert_close(forward(model, tokens(1, 1), copy.deepcopy(cache)), expected)
+        monkeypatch.setattr(interface, "cannot_ask", lambda tensor: True)
+        with pytest.raises(RuntimePolicyError, match="compiled or captured step"):
+            forward(model, tokens(1, 1), cache)
 
 
 def test_only_patterns_by_score_score_pages(model):

@@ -201,6 +201,12 @@ def test_masks_that_are_no_numbers_are_not_said_to_miss_the_budget(llama: Bench,
     assert not (tmp_path / "w").exists()
 
 
+def test_masks_that_are_no_numbers_are_noticed_without_a_held_out_part(llama: Bench, tmp_path: Path) -> None:
+    with pytest.raises(HealError, match="doubt about a unit is not a number at step 2"):
+        learned(llama, tmp_path / "w", gate_lr=1e30, warm_up=0.25, held_out=0.0, steps=2, check_every=2)
+    assert not (tmp_path / "w").exists()
+
+
 def test_sublayers_behind_a_norm_are_refused(tmp_path: Path) -> None:
     view = ModelView.open(write_tiny("gemma2", tmp_path / "dense"))
     with pytest.raises(StructureError, match="cannot be gated"):

@@ -10,8 +10,6 @@ Shapes: B batch, H query heads, G key-value heads, D head size.
 # mypy: ignore-errors
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -27,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from prunekit_kernels._device import multiprocessors
 from prunekit_kernels.block_scores.reference import scored_runs
 
 # Tiles of folded queries and keys, and how many copies of 64 channels of both are on their way.
@@ -205,11 +204,6 @@ def folded_hopper(
     )  # fmt: skip
 
 
-@functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _runs(tensor: Tensor, size: int) -> Tensor:
     """The tokens [B, H, S, D] cut into runs, [B, H, R, size, D]; a copy with zeros behind if the last is not full."""
     missing = -tensor.shape[2] % size
@@ -244,7 +238,7 @@ def log_sums(
     row_tiles, col_tiles = triton.cdiv(n_rows, ROWS), triton.cdiv(cols * inner, COLS)
     per_kv = triton.cdiv(row_tiles, near) * near * col_tiles * group
     n_tiles = per_kv * batch * kv_heads
-    folded_hopper[(min(n_tiles, _processors(q.device.index or 0)),)](
+    folded_hopper[(min(n_tiles, multiprocessors(q.device.index or 0)),)](
         _descriptor(runs, 64), _descriptor(_runs(k, stride), 256), lse, n_tiles, per_kv, col_tiles, heads, kv_heads,
         n_rows, cols, n_keys, n_runs, q_offset, runs.shape[3] - 1, scale / stride * 1.4426950408889634, GROUP=group,
         NEAR=near, DIM=dim, STRIDE=stride, STEP=step, INNER=inner, CAUSAL=causal, STAGES=STAGES, num_warps=4,

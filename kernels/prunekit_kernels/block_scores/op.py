@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunekit_kernels._device import HALF, capability, no_kernels
+from prunekit_kernels._device import HALF, capability, copyable, no_kernels
 from prunekit_kernels.block_scores.reference import folded_scores, select_reference
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
 
@@ -22,15 +22,13 @@ def refusal(tensor: Tensor, blocks: int) -> str:
 
 
 def hopper_takes(q: Tensor, k: Tensor, inner: int) -> bool:
-    """Whether the Hopper kernel covers the case, for blocks of `inner` folded keys.
-
-    Its copies want strides and starts of 16 bytes, its tiles are of 256 folded keys.
-    """
+    """Whether the Hopper kernel, whose tiles are of 256 folded keys, covers the case, for blocks of `inner` of them."""
     return (
         capability(q.device.index or 0) == (9, 0)
         and q.shape[-1] in (64, 128)
         and 256 % inner == 0
-        and all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in (q, k))
+        and copyable(q)
+        and copyable(k)
     )
 
 

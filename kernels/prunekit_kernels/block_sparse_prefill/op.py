@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit_kernels._device import HALF, capability, no_head_size, no_kernels
+from prunekit_kernels._device import HALF, capability, copyable, no_head_size, no_kernels
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
 from prunekit_kernels.block_sparse_prefill.reference import (
     backward_reference,
@@ -30,9 +30,8 @@ def refusal(q: Tensor, k: Tensor) -> str:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last dimension and, as the copy engine wants, strides and start of 16 bytes."""
-    fits = tensor.stride(-1) == 1 and all(s % 8 == 0 for s in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
-    return tensor if fits else tensor.contiguous()
+    """The tensor as the copy engine wants it."""
+    return tensor if copyable(tensor) else tensor.contiguous()
 
 
 def hopper_takes(q: Tensor, starts: Tensor | None, block_q: int, block_k: int, full_rows: bool) -> bool:

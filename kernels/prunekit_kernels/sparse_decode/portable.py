@@ -10,7 +10,6 @@ size, P pages.
 # mypy: ignore-errors
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekit_kernels._device import capability
+from prunekit_kernels._device import capability, multiprocessors
 from prunekit_kernels.sparse_decode.chunks import Chunks, choose_chunks
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -177,11 +176,6 @@ def default_tile(dim: int) -> Tile:
     return Tile(keys={64: 128, 256: 32}.get(max(64, triton.next_power_of_2(dim)), 64))
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _strides(cache: Tensor, page_tokens: int, paged: bool) -> tuple[int, int, int, int]:
     """Elements from one sequence, key-value head, page and slot of a page to the next."""
     if paged:
@@ -207,7 +201,7 @@ def launch(
     tile = tile or replace(default_tile(dim), early=q.is_cuda and capability(q.device.index or 0) >= (9, 0))
     if chunks is None:
         # The interpreter has no card to fill; it cuts as for a small one.
-        slots = tile.programs * (_multiprocessors(q.device.index or 0) if q.is_cuda else 4)
+        slots = tile.programs * (multiprocessors(q.device.index or 0) if q.is_cuda else 4)
         chunks = choose_chunks(batch * kv_heads, longest, total, tile.keys, slots)
     whole = chunks.n == 1
     out = q.new_empty(q.shape)

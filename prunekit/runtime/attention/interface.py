@@ -178,12 +178,7 @@ def attention(
         )
     pattern = policy.pattern
     _check(pattern, causal, dropout)
-    if value.shape[3] != query.shape[3]:
-        raise RuntimePolicyError(
-            f"values of {value.shape[3]} channels beside queries of {query.shape[3]}",
-            why="the kernels and their references take heads of one size",
-            hint="run the model without a pattern",
-        )
+    _require_one_size(query, value)
     n_queries, n_keys = query.shape[2], key.shape[2]
     if is_scored(pattern) and n_queries > 1 and not torch.compiler.is_compiling():
         # Steps over a padded cache keep no summaries.
@@ -219,7 +214,9 @@ def _asked(policy: Policy, filled: Tensor, key: Tensor) -> int | None:
     if cannot_ask(key):
         if not is_scored(pattern) and order_of(pattern, key.shape[2]) is not None:
             raise RuntimePolicyError(
-                "a pattern on a grid does not go with padding or a mask", hint="run without either"
+                "a pattern on a grid does not go with a compiled or captured step over a static cache",
+                why="how many of its slots are filled is not known while the step is made",
+                hint="run the step eagerly, or use a dynamic cache",
             )
         return None
     grid = hasattr(pattern, "order")
@@ -235,9 +232,20 @@ def _fixed(
     scaling: float | None,
 ) -> Tensor:  # fmt: skip
     """One step over a cache of fixed size; the decode kernel serves dense layers too, and better than a mask would."""
+    _require_one_size(query, value)
     _say_if_slow(query, key)
     pattern = policy.pattern if policy.covers(getattr(module, "layer_idx", None)) else Dense()
     return fixed_step(pattern, number, module, query, key, value, filled, scaling)
+
+
+def _require_one_size(query: Tensor, value: Tensor) -> None:
+    """Refuses values of other channels than the queries have."""
+    if value.shape[3] != query.shape[3]:
+        raise RuntimePolicyError(
+            f"values of {value.shape[3]} channels beside queries of {query.shape[3]}",
+            why="the kernels and their references take heads of one size",
+            hint="run the model without a pattern",
+        )
 
 
 def _say_if_slow(query: Tensor, key: Tensor) -> None:
