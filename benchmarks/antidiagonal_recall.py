@@ -22,10 +22,10 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prunekit.calibrate.batches import token_batch
 from prunekit.evaluate.subject import open_subject
+from prunekit.heal._attention import attending
 from prunekit_kernels.block_scores import antidiagonal_scores
 from prunekit_kernels.block_scores.reference import chosen_blocks
 
@@ -63,14 +63,8 @@ def queries_and_keys(subject: object, ids: list[int]) -> list[tuple[Tensor, Tens
         return sdpa_attention_forward(module, q, k, v, mask, **options)
 
     model = subject.model
-    before = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register("kept", kept)
-    model.config._attn_implementation = "kept"
-    try:
-        with torch.no_grad():
-            model(torch.tensor([ids]))
-    finally:
-        model.config._attn_implementation = before
+    with attending(model, kept), torch.no_grad():
+        model(torch.tensor([ids]))
     return found
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Kernels raise two to a power, so scores are scaled by it.
+LOG2E = 1.4426950408889634
 HALF = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 80, 96, 128, 256)
 

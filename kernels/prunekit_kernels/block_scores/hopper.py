@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from prunekit_kernels._device import multiprocessors
+from prunekit_kernels._device import LOG2E, multiprocessors
 from prunekit_kernels.block_scores.reference import scored_runs
 
 # Tiles of folded queries and keys, and how many copies of 64 channels of both are on their way.
@@ -240,7 +240,7 @@ def log_sums(
     n_tiles = per_kv * batch * kv_heads
     folded_hopper[(min(n_tiles, multiprocessors(q.device.index or 0)),)](
         _descriptor(runs, 64), _descriptor(_runs(k, stride), 256), lse, n_tiles, per_kv, col_tiles, heads, kv_heads,
-        n_rows, cols, n_keys, n_runs, q_offset, runs.shape[3] - 1, scale / stride * 1.4426950408889634, GROUP=group,
+        n_rows, cols, n_keys, n_runs, q_offset, runs.shape[3] - 1, scale / stride * LOG2E, GROUP=group,
         NEAR=near, DIM=dim, STRIDE=stride, STEP=step, INNER=inner, CAUSAL=causal, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return lse

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prunekit_kernels._device import LOG2E
+
 TOP, MASS, POSITIVE = 0, 1, 2
 # Tiles of folded queries whose programs lie side by side.
 NEAR = 4
@@ -227,7 +229,7 @@ def folded(
     row_tiles, col_tiles = triton.cdiv(n_folded, tile.rows), triton.cdiv(cols * inner, tile_cols)
     _folded[(triton.cdiv(row_tiles, NEAR) * NEAR * col_tiles * group, batch * kv_heads)](
         q, k, lse, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-        heads, n_queries, n_keys, n_runs, q_offset, n_folded, cols, col_tiles, scale / stride * 1.4426950408889634,
+        heads, n_queries, n_keys, n_runs, q_offset, n_folded, cols, col_tiles, scale / stride * LOG2E,
         NEAR=NEAR, GROUP=group, DIM=dim, BLOCK_D=tile.channels, STRIDE=stride, STEP=step, ROWS=tile.rows,
         COLS=tile_cols, INNER=inner, CAUSAL=causal, WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,

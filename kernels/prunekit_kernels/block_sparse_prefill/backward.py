@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prunekit_kernels import _device
 from prunekit_kernels.block_sparse_prefill.portable import table_mask
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(_device.LOG2E)
 # Blocks of queries that one program of the second kernel follows for a head. Of 16, 32, 64 and all, 16 was the fastest
 # at 8,192 and 32,768 tokens of the power pattern on an H100: 7.4, 7.7, 8.0 and 11.0 ms at 32,768.
 CHUNK = 16

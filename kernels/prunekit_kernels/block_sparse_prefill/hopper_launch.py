@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from prunekit_kernels._device import LOG2E
 from prunekit_kernels.block_sparse_prefill.hopper import block_sparse_prefill_hopper
 
 STAGES = 2
@@ -53,7 +54,7 @@ def launch(
         _descriptor(out, 64, layout), lse, counts, partials, indices, counts if mask_ids is None else mask_ids,
         counts if masks is None else masks, rows if counts.shape[0] > 1 else 0, indices.shape[2],
         0 if mask_ids is None else mask_ids.shape[2], n_tiles, rows, heads, heads // n_kv_heads, n_kv_heads,
-        n_queries, k.shape[2], q_offset, scale * 1.4426950408889634, CAUSAL=causal, TABLE=masks is not None,
+        n_queries, k.shape[2], q_offset, scale * LOG2E, CAUSAL=causal, TABLE=masks is not None,
         STAGES=STAGES, PINGPONG=pingpong, DIM=dim, ROWS_FIRST=rows_first, num_warps=4,
     )  # fmt: skip
     return out, lse

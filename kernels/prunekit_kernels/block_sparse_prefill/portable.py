@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prunekit_kernels import _device
+
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(_device.LOG2E)
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def launch(
         apart * v.stride(0), v.stride(1), v.stride(2), apart * out.stride(0), out.stride(1), out.stride(2),
         apart * heads * n_queries, apart * k.shape[1] * k.shape[2],
         counts.shape[1] if counts.shape[0] > 1 else 0, indices.shape[2], 0 if mask_ids is None else mask_ids.shape[2],
-        n_queries, k.shape[2], q_offset, scale * 1.4426950408889634,
+        n_queries, k.shape[2], q_offset, scale * _device.LOG2E,
         GROUP=heads // k.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_Q=block_q,
         BLOCK_K=block_k, TILE=tile.keys, TABLE=masks is not None, CAUSAL=causal, SPANS=spans,
         BIAS=biases is not None, GATE=gates is not None,

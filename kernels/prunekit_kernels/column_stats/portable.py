@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from prunekit_kernels import _device
+
+LOG2E = tl.constexpr(_device.LOG2E)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "q_offset"])
@@ -87,7 +89,7 @@ def launch(
     most = torch.empty_like(sums)
     _stats[(triton.cdiv(n_keys, keys), heads, batch)](
         q, k, lse.contiguous(), sums, most, starts if spans else lse, ends if spans else lse,
-        *q.stride()[:3], *k.stride()[:3], n_queries, n_keys, q_offset, scale * 1.4426950408889634,
+        *q.stride()[:3], *k.stride()[:3], n_queries, n_keys, q_offset, scale * _device.LOG2E,
         GROUP=heads // k.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), KEYS=keys, QUERIES=queries,
         CAUSAL=causal, SPANS=spans, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         # Triton's interpreter multiplies the bit patterns of bfloat16.

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekit_kernels._device import capability, multiprocessors
+from prunekit_kernels._device import LOG2E, capability, multiprocessors
 from prunekit_kernels.sparse_decode.chunks import Chunks, choose_chunks
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -214,7 +214,7 @@ def launch(
     _chunks[(chunks.n, kv_heads, batch)](
         q, k, v, part, part_lse, indices, starts, tokens,
         q.stride(0), q.stride(1), q.stride(2), *_strides(k, page_tokens, paged), *_strides(v, page_tokens, paged),
-        chunks.tokens, chunks.n, heads // kv_heads, scale * 1.4426950408889634,
+        chunks.tokens, chunks.n, heads // kv_heads, scale * LOG2E,
         QUERIES=queries, ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, BLOCK_D=block_d, PAGE=page_tokens,
         TILE=tile.keys, ALIKE=k.stride() == v.stride(), WHOLE=whole, EARLY=tile.early and not whole,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

@@ -210,16 +210,15 @@ def _asked(policy: Policy, filled: Tensor, key: Tensor) -> int | None:
     Raises:
         RuntimePolicyError: for a sequence that is too long, or a pattern on a grid in a compiled or captured step.
     """
-    pattern = policy.pattern
+    grid = hasattr(policy.pattern, "order")
     if cannot_ask(key):
-        if not is_scored(pattern) and order_of(pattern, key.shape[2]) is not None:
+        if grid:
             raise RuntimePolicyError(
                 "a pattern on a grid does not go with a compiled or captured step over a static cache",
                 why="how many of its slots are filled is not known while the step is made",
                 hint="run the step eagerly, or use a dynamic cache",
             )
         return None
-    grid = hasattr(pattern, "order")
     if not grid and policy.length_tokens is None:
         return None
     n_filled = int(filled.max())

@@ -140,7 +140,7 @@ def _is_mean(pattern: Scored, cache: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _count(n_keys: int, batch: int, device: str) -> Tensor:
     """The same number for each sequence, int32 [B]; layers share it."""
-    with torch.inference_mode(False):
-        return torch.full((batch,), n_keys, dtype=torch.int32, device=device)
+    return torch.full((batch,), n_keys, dtype=torch.int32, device=device)
