@@ -116,7 +116,8 @@ def check_small(log: list[str], seed: int) -> None:
             for name, run in {"operation": None, **ours()}.items():
                 if name.startswith("hopper") and (case.table or case.spans or case.dim not in (64, 128)):
                     continue
-                if name in LATER:
+                # Tiles of the variants are for head sizes up to 128.
+                if name in LATER or (run and case.dim > 128):
                     continue
                 if run is None:
                     out, got = block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends)
