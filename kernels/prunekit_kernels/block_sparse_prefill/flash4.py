@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ def case_refusal(q: Tensor, k: Tensor, lists: BlockLists) -> str:
 
 def run(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
     """Output [B, H, S, D]; causality is masked in the partial blocks alone."""
+    return prepared(q, k, v, lists, scale)()
+
+
+def prepared(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Callable[[], Tensor]:
+    """What `run` does once lists and layouts are as the package takes them."""
     import cutlass.cute as cute
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -56,8 +62,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Ten
         lists.indices[None].gather(-1, rest).contiguous(), block_size=(128, 128),
     )  # fmt: skip
     mine = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
-    out = flash_attn_func(*mine, softmax_scale=scale, mask_mod=_causal(cute.jit), block_sparse_tensors=sparse)
-    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+    causal = _causal(cute.jit)
+
+    def call() -> Tensor:
+        out = flash_attn_func(*mine, softmax_scale=scale, mask_mod=causal, block_sparse_tensors=sparse)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return call
 
 
 @functools.cache
