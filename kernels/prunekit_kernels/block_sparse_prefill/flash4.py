@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prunekit_kernels._device import HALF
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
 
 NAME = "flash-attn-4"
@@ -31,7 +32,7 @@ def refusal(q: Tensor, k: Tensor, lists: BlockLists) -> str:
 
 def case_refusal(q: Tensor, k: Tensor, lists: BlockLists) -> str:
     """The same without looking at the device or at what is installed."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in HEAD_SIZES:
+    if q.dtype not in HALF or q.shape[-1] not in HEAD_SIZES:
         return f"dtype {q.dtype} or head size {q.shape[-1]}"
     if (lists.block_q, lists.block_k) != (128, 128) or lists.masks is not None or lists.biases is not None:
         return "the lists are not plain blocks of 128"
