@@ -31,10 +31,7 @@ def portable_with(tile: portable.Tile) -> Prefill:
     def run(
         q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, starts: Tensor | None = None, ends: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return portable.launch(
-            q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends,
-            lists.block_q, lists.block_k, lists.q_offset, lists.causal, q.shape[-1] ** -0.5, tile,
-        )  # fmt: skip
+        return portable.launch(q, k, v, *lists.tensors, starts, ends, *lists.numbers, q.shape[-1] ** -0.5, tile)
 
     return run
 
@@ -48,9 +45,8 @@ def hopper_with(**options: Any) -> Prefill:
         from prunekit_kernels.block_sparse_prefill import hopper_launch
 
         return hopper_launch.launch(
-            q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, lists.q_offset,
-            lists.causal, q.shape[-1] ** -0.5, **options,
-        )  # fmt: skip
+            q, k, v, *lists.tensors, lists.q_offset, lists.causal, q.shape[-1] ** -0.5, **options
+        )
 
     return run
 

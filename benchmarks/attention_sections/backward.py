@@ -31,10 +31,7 @@ def run(bench: Bench) -> None:
 
 def after_forward(lists: BlockLists) -> tuple[object, ...]:
     """What the gradients take of lists behind queries, keys, values, output and log-sum-exp."""
-    return (
-        lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, None, None, None, lists.block_q,
-        lists.block_k, lists.q_offset, lists.causal, SCALE,
-    )  # fmt: skip
+    return (*lists.tensors, None, None, None, *lists.numbers, SCALE)
 
 
 def check(bench: Bench, part: Part, name: str, layouts: Layouts) -> bool:

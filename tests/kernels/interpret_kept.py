@@ -14,6 +14,7 @@ from prunekit_kernels.cache_compact.reference import compact_reference
 from prunekit_kernels.column_stats import portable as stats
 from prunekit_kernels.sparse_decode import cases as decode
 from tests.kernels import kept
+from tests.kernels.compare import errors
 
 
 def counted(shape, dtype):
@@ -24,17 +25,8 @@ def counted(shape, dtype):
 
 
 def prefill(q, k, v, lists, starts, ends, **more):
-    return portable.launch(
-        q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends,
-        lists.block_q, lists.block_k, lists.q_offset, lists.causal, q.shape[-1] ** -0.5, portable.Tile(32, 4, 2),
-        **more,
-    )  # fmt: skip
-
-
-def compared(got, expected):
-    finite = expected[1] > float("-inf")
-    same = torch.equal(got[1] > float("-inf"), finite)
-    return cases.relative_error(got[0], expected[0]), (got[1] - expected[1])[finite].abs().max().item(), same
+    how = (starts, ends, *lists.numbers, q.shape[-1] ** -0.5, portable.Tile(32, 4, 2))
+    return portable.launch(q, k, v, *lists.tensors, *how, **more)
 
 
 def gated(case, free, dtype):
@@ -42,7 +34,7 @@ def gated(case, free, dtype):
     gates = kept.gates_of(case)
     got = prefill(q, k, v, lists, starts, ends, gates=gates, free=free)
     wide = [t.double() for t in (q, k, v)]
-    return compared(got, reference(*wide, lists, case.dim**-0.5, starts, ends, gates, free))
+    return errors(got, reference(*wide, lists, case.dim**-0.5, starts, ends, gates, free))
 
 
 def wide(case, dtype):
@@ -52,19 +44,18 @@ def wide(case, dtype):
     exact = [t.double() for t in (q, k, v)]
     expected = reference(*exact, lists, case.dim**-0.5)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    parts = (lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, None, None, None)
-    numbers = (lists.block_q, lists.block_k, lists.q_offset, lists.causal, case.dim**-0.5)
+    how = (*lists.tensors, None, None, None, *lists.numbers, case.dim**-0.5)
     less = torch.zeros_like(got[1])
-    found = backward.launch(grad, less, q, k, v, *got, *parts, *numbers)
-    right = backward_reference(grad.double(), less, *exact, *expected, *parts, *numbers)
-    return [*compared(got, expected), *(cases.relative_error(a, b) for a, b in zip(found, right, strict=True))]
+    found = backward.launch(grad, less, q, k, v, *got, *how)
+    right = backward_reference(grad.double(), less, *exact, *expected, *how)
+    return [*errors(got, expected), *(cases.relative_error(a, b) for a, b in zip(found, right, strict=True))]
 
 
 def varlen(dtype):
     q, k, v, starts, ends, lists = kept.varlen_inputs(dtype, "cpu", 32)
     got = prefill(q, k, v, lists, starts, ends)
     exact = [t.double() for t in (q, k, v)]
-    return compared(got, reference(*exact, lists, 64**-0.5, starts, ends))
+    return errors(got, reference(*exact, lists, 64**-0.5, starts, ends))
 
 
 def compacted(case, dtype, page):

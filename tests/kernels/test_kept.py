@@ -12,13 +12,12 @@ from prunekit_kernels.column_stats import column_stats
 from prunekit_kernels.sparse_decode import PageLists, sparse_decode
 from prunekit_kernels.sparse_decode import cases as decode
 from tests.kernels import kept
+from tests.kernels.compare import GRADIENT, errors, expect_close
 from tests.kernels.interpreter import under_interpreter
 
 TYPES = (torch.float32, torch.bfloat16)
 # Probabilities from a float32 log-sum-exp: the products round as in attention, sums of probabilities do not.
 STATS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-# Gradients sum products of two rounded matrices.
-GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 @pytest.fixture(scope="session")
@@ -168,34 +167,9 @@ def test_interpreted_compaction(interpreted, case):
     assert all(interpreted["compacted"][case.name])
 
 
-def expect_close(found, dtype):
-    error, lse_error, same_rows = found
-    assert error <= cases.RELATIVE[dtype]
-    assert lse_error <= cases.LSE_ABSOLUTE[dtype]
-    assert same_rows
-
-
-@pytest.fixture
-def gpu(poison):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-
-
-def close(got, expected):
-    finite = expected[1] > float("-inf")
-    expect_close(
-        (
-            cases.relative_error(got[0], expected[0]),
-            (got[1] - expected[1])[finite].abs().max().item(),
-            torch.equal(got[1] > float("-inf"), finite),
-        ),
-        torch.bfloat16,
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", kept.LARGE_STATS, ids=str)
-def test_column_statistics_on_a_gpu(gpu, shape):
+def test_column_statistics_on_a_gpu(poison, shape):
     q, k, lse, starts, ends, offset, causal, scale, weights = kept.stats_inputs(shape, torch.bfloat16, "cuda")
     sums, most = column_stats(q, k, lse, q_offset=offset, causal=causal, scale=scale, starts=starts, ends=ends)
     assert cases.relative_error(sums, weights.sum(2)) <= STATS[torch.bfloat16]
@@ -205,7 +179,7 @@ def test_column_statistics_on_a_gpu(gpu, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("page", [1, 16, 64])
 @pytest.mark.parametrize("case", decode.LARGE, ids=lambda case: case.name)
-def test_compaction_on_a_gpu(gpu, case, page):
+def test_compaction_on_a_gpu(poison, case, page):
     q, k, v, lists = decode.make(case, torch.bfloat16, "cuda", seed=1)
     made = cache_compact(k, v, lists, page_tokens=page)
     on_cpu = cache_compact(k.cpu(), v.cpu(), lists.to("cpu"), page_tokens=page)
@@ -217,23 +191,24 @@ def test_compaction_on_a_gpu(gpu, case, page):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "free"), kept.LARGE_GATED, ids=str)
-def test_gates_on_a_gpu(gpu, case, free):
+def test_gates_on_a_gpu(poison, case, free):
     q, k, v, lists, starts, ends = cases.make(case, torch.bfloat16, "cuda", seed=1)
     gates = kept.gates_of(case).cuda()
     got = block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends, gates=gates, free_tokens=free)
     exact = [t.double() for t in (q, k, v)]
-    close(got, reference(*exact, lists, case.dim**-0.5, starts, ends, gates, free))
+    expected = reference(*exact, lists, case.dim**-0.5, starts, ends, gates, free)
+    expect_close(errors(got, expected), torch.bfloat16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_varlen_on_a_gpu(gpu, dim):
+def test_varlen_on_a_gpu(poison, dim):
     q, k, v, starts, ends, lists = kept.varlen_inputs(torch.bfloat16, "cuda", 128, dim, (1000, 1, 63, 257, 128), 8, 2)
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     got = block_sparse_prefill(*leaves, lists, starts=starts, ends=ends)
     expected = block_sparse_prefill(*exact, lists, starts=starts, ends=ends)
-    close([t.detach() for t in got], [t.detach() for t in expected])
+    expect_close(errors([t.detach() for t in got], [t.detach() for t in expected]), torch.bfloat16)
     grad = torch.randn_like(q)
     mine = torch.autograd.grad(got[0], leaves, grad)
     for a, b in zip(mine, torch.autograd.grad(expected[0], exact, grad.double()), strict=True):

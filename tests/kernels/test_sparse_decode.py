@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from prunekit_kernels.sparse_decode import PageLists, cases, refusal, sparse_decode
 from prunekit_kernels.sparse_decode.chunks import choose_chunks
 from prunekit_kernels.sparse_decode.reference import decode_reference
+from tests.kernels.compare import errors, expect_close
 from tests.kernels.interpreter import under_interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,14 +36,6 @@ def expected_of(q, k, v, lists):
         q.double(), k.double(), v.double(), lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged,
         q.shape[-1] ** -0.5,
     )  # fmt: skip
-
-
-def errors(q, k, v, lists, out, lse):
-    """Relative error of the output, worst error of the log-sum-exp, whether the same queries read nothing."""
-    expected, sums = expected_of(q, k, v, lists)
-    finite = sums > float("-inf")
-    worst = (lse - sums)[finite].abs().max().item() if finite.any() else 0.0
-    return cases.relative_error(out, expected), worst, torch.equal(lse > float("-inf"), finite)
 
 
 def plain(q, k, v, rows):
@@ -130,10 +123,7 @@ def test_empty_lists_give_zeros_and_minus_infinity():
 @pytest.mark.parametrize("case", cases.SMALL, ids=by_name)
 def test_nothing_outside_the_lists_is_read(case):
     q, k, v, lists = cases.make(case, torch.float32, "cpu", seed=2)
-    error, lse_error, same_rows = errors(q, k, v, lists, *sparse_decode(q, k, v, lists))
-    assert error <= cases.RELATIVE[torch.float32]
-    assert lse_error <= cases.LSE_ABSOLUTE[torch.float32]
-    assert same_rows
+    expect_close(errors(sparse_decode(q, k, v, lists), expected_of(q, k, v, lists)), torch.float32)
 
 
 def test_operation_passes_the_checks_of_torch():
@@ -198,30 +188,20 @@ def interpreted():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_interpreted_kernel_equals_float64(interpreted, name):
-    dtype = RUNS[name][1]
-    for error, lse_error, same_rows in interpreted[name]:
-        assert error <= cases.RELATIVE[dtype]
-        assert lse_error <= cases.LSE_ABSOLUTE[dtype]
-        assert same_rows
+    for found in interpreted[name]:
+        expect_close(found, RUNS[name][1])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", cases.LARGE, ids=by_name)
 def test_kernel_on_a_gpu_equals_float64(poison, case, dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v, lists = cases.make(case, dtype, "cuda", seed=1)
-    error, lse_error, same_rows = errors(q, k, v, lists, *sparse_decode(q, k, v, lists))
-    assert error <= cases.RELATIVE[dtype]
-    assert lse_error <= cases.LSE_ABSOLUTE[dtype]
-    assert same_rows
+    expect_close(errors(sparse_decode(q, k, v, lists), expected_of(q, k, v, lists)), dtype)
 
 
 @pytest.mark.gpu
 def test_a_captured_step_follows_its_lists():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v, lists = cases.make(cases.Case(2, 8, 2, 4097, 128, 16, "all"), torch.bfloat16, "cuda", seed=1)
     sparse_decode(q, k, v, lists)
     graph = torch.cuda.CUDAGraph()
@@ -242,14 +222,14 @@ def interpret(case, dtype, seed):
     q, k, v, lists = cases.make(case, dtype, "cpu", seed)
     step = portable.default_tile(case.dim).keys
     steps = -(-lists.longest // step)
-    found = []
+    found, expected = [], expected_of(q, k, v, lists)
     short = Chunks(steps, step) if steps < 8 else Chunks(-(-steps // 2), 2 * step)
     for chunks in (None, Chunks(1, steps * step), short) if dtype == torch.float32 else (None,):
-        out, lse = portable.launch(
+        got = portable.launch(
             q, k, v, lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged, lists.longest,
             lists.total, case.dim**-0.5, chunks=chunks,
         )  # fmt: skip
-        found.append(errors(q, k, v, lists, out, lse))
+        found.append(errors(got, expected))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Runs the portable kernel under Triton's interpreter and prints its errors as JSON; started by test_interpreted.py.
+"""Runs the portable prefill kernel interpreted and prints its errors as JSON; for test_block_sparse_prefill.py.
 
 A process of its own: Triton decides when it is first imported whether its functions are interpreted.
 """
@@ -9,24 +9,20 @@ import torch
 
 from prunekit_kernels.block_sparse_prefill import cases, portable
 from prunekit_kernels.block_sparse_prefill.reference import reference
+from tests.kernels.compare import errors
 
 
 def run(q, k, v, lists, starts, ends, keys):
     """The kernel over lists in one piece."""
-    return portable.launch(
-        q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends,
-        lists.block_q, lists.block_k, lists.q_offset, lists.causal, q.shape[-1] ** -0.5, portable.Tile(keys, 4, 2),
-    )  # fmt: skip
+    how = (starts, ends, *lists.numbers, q.shape[-1] ** -0.5, portable.Tile(keys, 4, 2))
+    return portable.launch(q, k, v, *lists.tensors, *how)
 
 
-def errors(case, dtype, keys):
-    """Relative error of the output, worst error of the log-sum-exp, whether the same queries read nothing."""
+def off(case, dtype, keys):
+    """Errors of the kernel in steps of so many keys."""
     q, k, v, lists, starts, ends = cases.make(case, dtype, "cpu", seed=1)
-    out, lse = run(q, k, v, lists, starts, ends, keys)
-    expected, sums = reference(q.double(), k.double(), v.double(), lists, case.dim**-0.5, starts, ends)
-    finite = sums > float("-inf")
-    same = torch.equal(lse > float("-inf"), finite)
-    return cases.relative_error(out, expected), (lse - sums)[finite].abs().max().item(), same
+    expected = reference(q.double(), k.double(), v.double(), lists, case.dim**-0.5, starts, ends)
+    return errors(run(q, k, v, lists, starts, ends, keys), expected)
 
 
 def keyless():
@@ -45,7 +41,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     found = {
-        f"{case.name}-{dtype}": [errors(case, dtype, keys) for keys in sorted({32, case.block_k})]
+        f"{case.name}-{dtype}": [off(case, dtype, keys) for keys in sorted({32, case.block_k})]
         for case in cases.SMALL
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
