@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from record import record
 from torch import Tensor
 
 from prunekit.calibrate.batches import token_batch
@@ -134,11 +135,9 @@ def main() -> None:
                 "pattern": full["pattern"], "perplexity": measured.perplexity, "nll": measured.nll, "passkey": right,
                 "density": None if is_scored(chosen) else density(chosen, length),
                 "blocks": sum(shares) / len(shares) if shares else None,
-                "seconds": round(time.monotonic() - start), "options": full, **about,
+                "seconds": round(time.monotonic() - start), "options": full,
             }  # fmt: skip
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            record([row], about, options.out)
 
 
 if __name__ == "__main__":

@@ -106,18 +106,6 @@ def test_padding_changes_nothing(model, ids, pattern, left):
     torch.testing.assert_close(got[:, 9:] if left else got[:, :70], expected)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_generation_from_a_left_padded_batch_equals_each_prompt_alone(model, ids, pattern):
-    short = ids[:1, :50]
-    with attach(model, pattern):
-        alone = model.generate(short, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, -8:]
-        batch = torch.stack([torch.cat([torch.zeros(20, dtype=torch.long), short[0]]), ids[1]])
-        mask = torch.ones_like(batch)
-        mask[0, :20] = 0
-        both = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert both[0, -8:].tolist() == alone.tolist()
-
-
 def test_chosen_layers_are_sparse_and_the_others_dense(model, ids):
     dense, sparse = model(ids).logits, masked(model, ids, Power(8, 2))
     with attach(model, Power(8, 2), layers=[1]):

@@ -16,6 +16,7 @@ from prunekit_kernels.sparse_decode import PageLists, cases, refusal, sparse_dec
 from prunekit_kernels.sparse_decode.chunks import Chunks, choose_chunks, cluster_chunks
 from prunekit_kernels.sparse_decode.op import hopper_chunks
 from prunekit_kernels.sparse_decode.reference import decode_reference
+from tests.kernels.compare import errors, expect_close
 from tests.kernels.interpreter import under_interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,14 +37,6 @@ def expected_of(q, k, v, lists):
         q.double(), k.double(), v.double(), lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged,
         q.shape[-1] ** -0.5,
     )  # fmt: skip
-
-
-def errors(q, k, v, lists, out, lse):
-    """Relative error of the output, worst error of the log-sum-exp, whether the same queries read nothing."""
-    expected, sums = expected_of(q, k, v, lists)
-    finite = sums > float("-inf")
-    worst = (lse - sums)[finite].abs().max().item() if finite.any() else 0.0
-    return cases.relative_error(out, expected), worst, torch.equal(lse > float("-inf"), finite)
 
 
 def plain(q, k, v, rows):
@@ -131,10 +124,7 @@ def test_empty_lists_give_zeros_and_minus_infinity():
 @pytest.mark.parametrize("case", cases.SMALL, ids=by_name)
 def test_nothing_outside_the_lists_is_read(case):
     q, k, v, lists = cases.make(case, torch.float32, "cpu", seed=2)
-    error, lse_error, same_rows = errors(q, k, v, lists, *sparse_decode(q, k, v, lists))
-    assert error <= cases.RELATIVE[torch.float32]
-    assert lse_error <= cases.LSE_ABSOLUTE[torch.float32]
-    assert same_rows
+    expect_close(errors(sparse_decode(q, k, v, lists), expected_of(q, k, v, lists)), torch.float32)
 
 
 def test_operation_passes_the_checks_of_torch():
@@ -217,24 +207,16 @@ def interpreted():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_interpreted_kernel_equals_float64(interpreted, name):
-    dtype = RUNS[name][1]
-    for error, lse_error, same_rows in interpreted[name]:
-        assert error <= cases.RELATIVE[dtype]
-        assert lse_error <= cases.LSE_ABSOLUTE[dtype]
-        assert same_rows
+    for found in interpreted[name]:
+        expect_close(found, RUNS[name][1])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", cases.LARGE, ids=by_name)
 def test_kernel_on_a_gpu_equals_float64(poison, case, dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v, lists = cases.make(case, dtype, "cuda", seed=1)
-    error, lse_error, same_rows = errors(q, k, v, lists, *sparse_decode(q, k, v, lists))
-    assert error <= cases.RELATIVE[dtype]
-    assert lse_error <= cases.LSE_ABSOLUTE[dtype]
-    assert same_rows
+    expect_close(errors(sparse_decode(q, k, v, lists), expected_of(q, k, v, lists)), dtype)
 
 
 def of_hopper(case):
@@ -245,7 +227,7 @@ def of_hopper(case):
 @pytest.mark.parametrize("programs", [1, 2, 4, 8])
 @pytest.mark.parametrize("case", list(filter(of_hopper, cases.LARGE)), ids=by_name)
 def test_clusters_equal_float64(poison, case, programs):
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper device")
     from prunekit_kernels.sparse_decode import hopper_launch
 
@@ -254,15 +236,12 @@ def test_clusters_equal_float64(poison, case, programs):
     chunks = Chunks(programs, 64 * -(-lists.longest // (64 * programs)))
     where = (lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged)
     found = hopper_launch.launch(q, k, v, *where, chunks, case.dim**-0.5)
-    error, lse_error, same_rows = errors(q, k, v, lists, *found)
-    assert error <= cases.RELATIVE[dtype]
-    assert lse_error <= cases.LSE_ABSOLUTE[dtype]
-    assert same_rows
+    expect_close(errors(found, expected_of(q, k, v, lists)), dtype)
 
 
 @pytest.mark.gpu
 def test_which_steps_clusters_take():
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper device")
 
     def taken(case):
@@ -279,8 +258,6 @@ def test_which_steps_clusters_take():
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1000, 20000])
 def test_a_captured_step_follows_its_lists(tokens):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v, lists = cases.make(cases.Case(2, 8, 2, tokens, 128, 16, "all"), torch.bfloat16, "cuda", seed=1)
     sparse_decode(q, k, v, lists)
     graph = torch.cuda.CUDAGraph()
@@ -300,14 +277,14 @@ def interpret(case, dtype, seed):
     q, k, v, lists = cases.make(case, dtype, "cpu", seed)
     step = portable.default_tile(case.dim).keys
     steps = -(-lists.longest // step)
-    found = []
+    found, expected = [], expected_of(q, k, v, lists)
     short = Chunks(steps, step) if steps < 8 else Chunks(-(-steps // 2), 2 * step)
     for chunks in (None, Chunks(1, steps * step), short) if dtype == torch.float32 else (None,):
-        out, lse = portable.launch(
+        got = portable.launch(
             q, k, v, lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged, lists.longest,
             lists.total, case.dim**-0.5, chunks=chunks,
         )  # fmt: skip
-        found.append(errors(q, k, v, lists, out, lse))
+        found.append(errors(got, expected))
     return found
 
 

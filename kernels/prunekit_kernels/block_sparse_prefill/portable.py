@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekit_kernels import _device
+from prunekit_kernels._triton import LOG2E, dot, precision
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(_device.LOG2E)
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,7 @@ def _accumulate(
     else:
         k = tl.load(k_at + k_rows.to(tl.int64)[:, None] * stride_kt)
         v = tl.load(v_at + k_rows.to(tl.int64)[:, None] * stride_vt)
-    if WIDEN:
-        s = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision=PRECISION)
-    else:
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = dot(q, tl.trans(k), None, WIDEN, PRECISION)
     if GATE:
         s = s * scale_log2 + gate
         scale_log2 = 1.0
@@ -88,11 +85,7 @@ def _accumulate(
     p = tl.exp2(s * scale_log2 - (safe - bias)[:, None])
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
-    if WIDEN:
-        acc = tl.dot(p.to(v.dtype).to(tl.float32), v.to(tl.float32), acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, m_new, l
+    return dot(p.to(v.dtype), v, acc, WIDEN, PRECISION), m_new, l
 
 
 @triton.jit
@@ -223,9 +216,7 @@ def launch(
         GROUP=heads // k.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_Q=block_q,
         BLOCK_K=block_k, TILE=tile.keys, TABLE=masks is not None, CAUSAL=causal, SPANS=spans,
         BIAS=biases is not None, GATE=gates is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        # Triton's interpreter multiplies the bit patterns of bfloat16.
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        **precision(q),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse

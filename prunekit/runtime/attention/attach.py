@@ -126,6 +126,7 @@ def _require_one_stack(model: PreTrainedModel) -> None:
 
 
 def _no_kernel(model: PreTrainedModel) -> str:
+    """Why no kernel serves a model, or an empty string; refuses one without a number of heads for all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):

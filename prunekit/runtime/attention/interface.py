@@ -154,30 +154,17 @@ def attention(
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int32:
         filled = _asked(policy, attention_mask, key)
         if filled is None:
-            _check(policy.pattern, causal, dropout)
+            _require_like(policy.pattern, causal, dropout)
             out = _fixed(policy, number, module, query, key, value, attention_mask, scaling)
             return out.transpose(1, 2).contiguous(), None
         key, value, attention_mask = key[:, :, :filled], value[:, :, :filled], None
     cache = key
-    if attention_mask is not None and attention_mask.dim() == 2:
-        filled = attention_mask.shape[1]
-        key, value = key[:, :, :filled], value[:, :, :filled]
-        attention_mask = None if attention_mask.dtype == torch.uint8 else attention_mask
-    # Tokens that a sliding cache no longer holds: its first slot is the position after them.
-    gone = 0
-    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
-        gone = max(0, attention_mask.shape[3] - key.shape[2])
-        attention_mask = attention_mask[..., gone:]
+    key, value, attention_mask, gone = _held(key, value, attention_mask)
     if not policy.covers(getattr(module, "layer_idx", None)):
-        # Torch's own causal mask starts at the first key, not where a prompt goes on over a cache.
-        goes_on = attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]
-        if goes_on or (attention_mask is not None and attention_mask.dim() == 2):
-            attention_mask = _dense(None, attention_mask, query.shape[2], key.shape[2], causal, query.device)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
+        mask = _dense_layer_mask(attention_mask, query, key, causal)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
     pattern = policy.pattern
-    _check(pattern, causal, dropout)
+    _require_like(pattern, causal, dropout)
     _require_one_size(query, value)
     n_queries, n_keys = query.shape[2], key.shape[2]
     if is_scored(pattern) and n_queries > 1 and not torch.compiler.is_compiling():
@@ -202,6 +189,29 @@ def attention(
             _require_one_text(pattern, options.get("position_ids"), attention_mask)
         out = _masked(pattern, query, key, value, attention_mask, causal, scaling, gone)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _held(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Keys and values of the slots that are filled, what of the mask is for them, and the position of the first.
+
+    That position is above 0 where a sliding cache no longer holds the tokens before it.
+    """
+    if mask is not None and mask.dim() == 2:
+        filled = mask.shape[1]
+        return key[:, :, :filled], value[:, :, :filled], None if mask.dtype == torch.uint8 else mask, 0
+    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
+        gone = max(0, mask.shape[3] - key.shape[2])
+        return key, value, mask[..., gone:], gone
+    return key, value, mask, 0
+
+
+def _dense_layer_mask(given: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+    """The mask of a layer that the pattern is not for, as torch's attention takes it."""
+    # Torch's own causal mask starts at the first key, not where a prompt goes on over a cache.
+    goes_on = given is None and causal and 1 < query.shape[2] < key.shape[2]
+    if goes_on or (given is not None and given.dim() == 2):
+        return _dense(None, given, query.shape[2], key.shape[2], causal, query.device)
+    return given
 
 
 def _asked(policy: Policy, filled: Tensor, key: Tensor) -> int | None:
@@ -248,6 +258,7 @@ def _require_one_size(query: Tensor, value: Tensor) -> None:
 
 
 def _say_if_slow(query: Tensor, key: Tensor) -> None:
+    """Says once for each reason that no kernel serves the tensors."""
     if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
         say_slow(reason)
 
@@ -337,7 +348,8 @@ def _masked(
     )
 
 
-def _check(pattern: Pattern | Scored, causal: bool, dropout: float) -> None:
+def _require_like(pattern: Pattern | Scored, causal: bool, dropout: float) -> None:
+    """Refuses a layer that differs from the pattern in causality, and dropout."""
     if pattern.causal != causal:
         kinds = ("bidirectional", "causal")
         raise RuntimePolicyError(
