@@ -2,9 +2,9 @@
 
 Blocks without a mask and blocks with one are read apart, so that a mask costs where it is needed alone, and joined by
 their log-sum-exp. Rows that list equally many blocks go in one call. Where the lists are all of dense attention, no
-block is gathered. On two cores of an x86-64 CPU that call computes as much a second as `scaled_dot_product_attention`,
-which is the same code; products and softmax as separate operations of torch were slower, and no public operation gives
-the log-sum-exp.
+block is gathered. Products and softmax as separate operations of torch were up to 1.2 times slower on one thread of an
+x86-64 CPU (384 rows, 512 to 8,192 keys, head size 64), and their many short parallel regions wait for each other
+where other processes run.
 
 Shapes: H query heads, G key-value heads, S queries, T keys, D head size, L lists (1 or H) of R rows, C key-value heads
 that one list serves (G or 1), M queries that share a row and a key-value head (several heads' if one list serves all).
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prunekit_kernels._cpu import flash
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists, unpack_bits
 from prunekit_kernels.merge.op import merge_reference
 
@@ -76,26 +77,11 @@ def _sequences(q: Tensor, k: Tensor, starts: Tensor | None, ends: Tensor | None)
             yield n if len(starts) == q.shape[0] else 0, slice(start, end), slice(start, end)
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of [B, H, S, D] under a mask that is added, by what torch's own attention calls."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-    )
-    out, lse = found
-    if mask is not None:
-        # It says zero where no key is read.
-        lse = lse.masked_fill(mask.amax(-1) == float("-inf"), float("-inf"))
-    return out, lse
-
-
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of [H, S, D] to all keys; a key-value head is read by its group, not repeated."""
     grouped = q.unflatten(0, (k.shape[0], -1))
-    wide = (t[:, None].expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
-    out, lse = _flash(grouped, *wide, causal, scale)
+    keys, values = (t[:, None].expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
+    out, lse = flash(grouped, keys, values, scale, causal=causal)
     return out.flatten(0, 1), lse.flatten(0, 1)
 
 
@@ -179,7 +165,7 @@ def _parts(
             at = rows.blocks[some].gather(2, slot[:, None].expand(-1, q.shape[1], -1))
             keys, values = (t.index_select(0, at.flatten()).view(*at.shape[:2], n_read, -1) for t in (k, v))
             mask = _added(rows, some, slot, at, q.shape[2], has_mask).to(q.dtype) if adds else None
-            yield some, *_flash(q[some], keys, values, False, scale, mask)
+            yield some, *flash(q[some], keys, values, scale, mask=mask)
 
 
 def _added(rows: _Rows, some: Tensor, slot: Tensor, at: Tensor, n_queries: int, has_mask: bool) -> Tensor:
