@@ -54,7 +54,10 @@ def _listed(cache: Tensor, pages: Tensor, count: int, page_tokens: int, paged: b
     if len(pages) == 1 or bool((pages.diff() == 1).all()):
         return cache[heads, first * page_tokens : first * page_tokens + count]
     places = (pages[:, None] * page_tokens + torch.arange(page_tokens)).flatten()[:count]
-    return torch.stack([each.index_select(0, places) for each in cache[heads]])
+    found = cache.new_empty(heads.stop - heads.start, count, cache.shape[-1])
+    for each, into in zip(cache[heads], found, strict=True):
+        torch.index_select(each, 0, places, out=into)
+    return found
 
 
 def _ends(q: Tensor, count: int, queries: int) -> Tensor | None:
