@@ -110,6 +110,18 @@ def test_blocks_that_no_list_names_are_not_looked_at():
     assert (lse[:, :, :896] == -INF).all()
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_sequence_may_end_inside_a_block_that_is_full_for_a_longer_one(table, per_head):
+    case = cases.Case(2, 4, 2, 130, 130, 32, causal=False, per_head=per_head, table=table, block_q=32, block_k=32)
+    mask = torch.ones(4 if per_head else 1, 130, 130, dtype=torch.bool)
+    mask[:, :, 32:64] = False
+    mask[:, 64:, 64:96] &= draw(9, 66, 32) > 0 if table else False
+    q, k, v = draw(1, 2, 4, 130, 32), draw(2, 2, 2, 130, 32), draw(3, 2, 2, 130, 32)
+    starts, ends = torch.tensor([0, 7], dtype=torch.int32), torch.tensor([115, 130], dtype=torch.int32)
+    compared(torch.float32, q, k, v, cases.lists_of(mask, case), starts, ends)
+
+
 def test_queries_whose_keys_are_all_closed_give_zeros_and_minus_infinity():
     lists = block_lists(Power(16, 2), 96, 96, block_q=32, block_k=32)
     gates = torch.zeros(1, 2, 96)
