@@ -4,7 +4,7 @@
     python benchmarks/attention_quality.py --out rows.jsonl --device cuda --dtype bfloat16 --lengths 2048 8192
 
 SmolLM2-135M-Instruct, in float32 on a CPU and as its files are on a GPU. The kernels take half precision alone: in
-float32 the plain reference runs, on a GPU too, so `--dtype bfloat16` is what measures them. Perplexity reads windows of
+float32 a GPU runs the plain reference, so `--dtype bfloat16` is what measures them. Perplexity reads windows of
 wikitext2_eval as prompts; a pass key is read in a prompt of the same length and written in steps over the cache. Beside
 them stands the share of the blocks of dense attention that prompts read. Rows are appended as they come, and a pattern
 whose row is there already is left out, so a run that was stopped goes on; so does one that ran out of `--seconds`.

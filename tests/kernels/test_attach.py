@@ -348,7 +348,7 @@ def test_a_grid_pattern_goes_through_its_own_order_and_back():
         model(image)
 
 
-def test_a_model_loaded_under_a_pattern_says_the_slow_path_once(model, ids, tmp_path, monkeypatch):
+def test_a_model_loaded_under_a_pattern_says_once_that_it_runs_without_kernels(model, ids, tmp_path, monkeypatch):
     monkeypatch.setattr(interface, "_SAID", set())
     model.config.prunekit = {"runtime": {"attention": {"pattern": "power"}}}
     model.save_pretrained(tmp_path)
@@ -405,13 +405,15 @@ def test_prompts_may_go_to_whatever_is_faster(model, ids, monkeypatch):
     assert asked == [70] * 3
 
 
-def test_the_slow_path_is_said_once_and_refused_when_strict(model, ids):
+def test_the_path_without_kernels_is_said_once_and_refused_when_strict(model, ids):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with attach(model, "power"):
             model(ids)
             model(ids)
-    assert len([w for w in said if "plain torch" in str(w.message)]) == 1
+    assert [str(w.message) for w in said if "plain torch" in str(w.message)] == [
+        "sparse attention runs in plain torch: the tensors are on `cpu`, the kernels need a CUDA device"
+    ]
     with pytest.raises(RuntimePolicyError, match="no kernel"):
         attach(model, "power", strict=True)
     assert model.config._attn_implementation != "prunekit"

@@ -1,4 +1,4 @@
-"""Sparse decode as a torch operation: the reference on a CPU, the kernels on a GPU."""
+"""Sparse decode as a torch operation: gathered tokens on a CPU, the kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prunekit_kernels._device import HALF, capability, multiprocessors, no_head_size, no_kernels
+from prunekit_kernels.sparse_decode import cpu
 from prunekit_kernels.sparse_decode.chunks import Chunks, cluster_chunks
 from prunekit_kernels.sparse_decode.lists import PageLists
 from prunekit_kernels.sparse_decode.reference import decode_reference
@@ -61,7 +62,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if int(tokens.max()) > longest:
         raise ValueError(f"a list of {int(tokens.max())} tokens is longer than `longest`, which is {longest}")
-    return decode_reference(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
+    return cpu.decode(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
 
 
 @_decode.register_kernel("cuda")

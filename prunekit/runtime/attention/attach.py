@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit.core.errors import RuntimePolicyError
-from prunekit.runtime.attention.interface import NAME, register, say_slow
+from prunekit.runtime.attention.interface import NAME, register, say_plain
 from prunekit.runtime.attention.kept import forget
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
@@ -111,7 +111,7 @@ def attach(
     register()
     attachment = Attachment(model, chosen.section())
     if reason:
-        say_slow(reason)
+        say_plain(reason, model.device)
     return attachment
 
 

@@ -1,7 +1,7 @@
 """One step of a sequence: which cached tokens it reads, and attention over them.
 
 A static pattern names tokens by position, a scored one pages by score; a mask that the model gives takes tokens away.
-All become lists for the decode kernel, or for its plain reference without a GPU.
+All become lists for the decode kernel, or for its counterpart in plain torch on a CPU.
 
 Shapes: B batch, H query heads, G key-value heads, T keys, D head size, P pages.
 """

@@ -33,7 +33,7 @@ from prunekit_kernels.block_sparse_prefill.fastest import prefill_fastest
 from prunekit_kernels.permute import permute_tokens
 
 NAME = "prunekit"
-# Reasons for the slow path that were said in this process.
+# Reasons for running without a kernel that were said in this process.
 _SAID: set[str] = set()
 
 
@@ -43,10 +43,11 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
-def say_slow(reason: str, stacklevel: int = 2) -> None:
+def say_plain(reason: str, device: torch.device, stacklevel: int = 2) -> None:
     """Warns that attention runs without a kernel; a layer that meets the same reason later says nothing."""
     _SAID.add(reason)
-    warnings.warn(f"sparse attention runs in plain torch, which is right but slow: {reason}", stacklevel=stacklevel + 1)
+    how = "" if device.type == "cpu" else ", which is right but slow"
+    warnings.warn(f"sparse attention runs in plain torch{how}: {reason}", stacklevel=stacklevel + 1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -175,7 +176,7 @@ def attention(
         # A compiled step sees all slots of its cache, not how many are filled.
         wide = policy.length_tokens is not None and attention_mask is not None and attention_mask.dim() == 2
         policy.require_length(int(spans_of(attention_mask)[1].max()) if wide else gone + n_keys)
-    _say_if_slow(query, key)
+    _say_if_plain(query, key)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
         raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
     rows = False if gone else _step_mask(attention_mask, n_queries, n_keys, causal)
@@ -242,7 +243,7 @@ def _fixed(
 ) -> Tensor:  # fmt: skip
     """One step over a cache of fixed size; the decode kernel serves dense layers too, and better than a mask would."""
     _require_one_size(query, value)
-    _say_if_slow(query, key)
+    _say_if_plain(query, key)
     pattern = policy.pattern if policy.covers(getattr(module, "layer_idx", None)) else Dense()
     return fixed_step(pattern, number, module, query, key, value, filled, scaling)
 
@@ -257,10 +258,10 @@ def _require_one_size(query: Tensor, value: Tensor) -> None:
         )
 
 
-def _say_if_slow(query: Tensor, key: Tensor) -> None:
+def _say_if_plain(query: Tensor, key: Tensor) -> None:
     """Says once for each reason that no kernel serves the tensors."""
     if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
-        say_slow(reason)
+        say_plain(reason, query.device)
 
 
 def _step_mask(given: Tensor | None, n_queries: int, n_keys: int, causal: bool) -> Tensor | Literal[False] | None:
