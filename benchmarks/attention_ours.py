@@ -37,15 +37,15 @@ def portable_with(tile: portable.Tile) -> Prefill:
 
 
 def hopper_with(**options: Any) -> Prefill:
-    """The Hopper kernel with options of its launch, for whole prompts."""
+    """The Hopper kernel with options of its launch."""
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, starts: None = None, ends: None = None
+        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, starts: Tensor | None = None, ends: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         from prunekit_kernels.block_sparse_prefill import hopper_launch
 
         return hopper_launch.launch(
-            q, k, v, *lists.tensors, lists.q_offset, lists.causal, q.shape[-1] ** -0.5, **options
+            q, k, v, *lists.tensors, starts, ends, lists.q_offset, lists.causal, q.shape[-1] ** -0.5, **options
         )
 
     return run

@@ -67,7 +67,7 @@ def check_small(log: list[str], seed: int) -> None:
             q, k, v, lists, starts, ends = cases.make(case, dtype, "cuda", seed + number)
             expected, lse = reference(q.double(), k.double(), v.double(), lists, case.dim**-0.5, starts, ends)
             for name, run in {"operation": block_sparse_prefill, **ours()}.items():
-                if name.startswith("hopper") and (case.table or case.spans or case.dim not in (64, 128)):
+                if name.startswith("hopper") and (case.dim not in (64, 128) or (case.spans and not case.causal)):
                     continue
                 # Tiles of the variants are for head sizes up to 128.
                 if name in LATER or (name != "operation" and case.dim > 128):

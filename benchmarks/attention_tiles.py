@@ -1,8 +1,8 @@
-"""Tiles of the portable prefill kernel on the cases that the Hopper kernel leaves to it.
+"""Tiles of the portable prefill kernel, and the Hopper kernel where it takes the case.
 
     python benchmarks/attention_tiles.py --out rows.jsonl
 
-`default_tile` goes by these figures. Every tile is compared with the first on the same tensors and timed twice, in turn
+`default_tile` goes by these figures. Every way is compared with the first on the same tensors and timed twice, in turn
 forwards and backwards; the shorter median counts. Tiles that need more shared memory than the card has are named.
 """
 
@@ -12,11 +12,13 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import triton
 from attention_device import facts
+from attention_ours import hopper_with
 from torch import Tensor
 
 from prunekit.runtime.attention.patterns._engine import Pattern, block_lists
@@ -25,6 +27,7 @@ from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.sink_window import SinkWindow
 from prunekit_kernels.block_sparse_prefill import cases, portable
+from prunekit_kernels.block_sparse_prefill.op import hopper_takes
 from prunekit_kernels.block_sparse_prefill.portable import Tile
 
 TILES = (Tile(64, 4, 3), Tile(64, 4, 2), Tile(64, 8, 3), Tile(128, 8, 2), Tile(128, 8, 3), Tile(32, 4, 3))
@@ -63,13 +66,20 @@ class Inputs:
         if gated:
             self.gates = torch.randn(batch, kv_heads, n, device="cuda")
 
-    def run(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """The kernel in one tile."""
+    @property
+    def of_hopper(self) -> bool:
+        """Whether the Hopper kernel takes the case."""
         at = self.lists
-        return portable.launch(
-            self.q, self.k, self.v, at.counts, at.partials, at.indices, at.mask_ids, at.masks, self.starts, self.ends,
-            at.block_q, at.block_k, at.q_offset, at.causal, self.q.shape[-1] ** -0.5, tile, gates=self.gates,
-        )  # fmt: skip
+        where = (at.block_q, at.block_k, at.q_offset, at.causal, True)
+        return self.gates is None and hopper_takes(self.q, self.starts, *where)
+
+    def run(self, tile: Tile | None) -> tuple[Tensor, Tensor]:
+        """The portable kernel in one tile, the Hopper kernel for None."""
+        q, k, v, lists, spans = self.q, self.k, self.v, self.lists, (self.starts, self.ends)
+        if tile is None:
+            return hopper_with()(q, k, v, lists, *spans)
+        scale = q.shape[-1] ** -0.5
+        return portable.launch(q, k, v, *lists.tensors, *spans, *lists.numbers, scale, tile, gates=self.gates)
 
 
 def compiled_ahead(jobs: int = 12) -> None:
@@ -103,8 +113,8 @@ def main() -> int:
     for number, case in enumerate(CASES):
         inputs = Inputs(number)
         expected = inputs.run(TILES[0])[0]
-        fits = []
-        for tile in TILES:
+        fits: list[Tile | None] = []
+        for tile in (*TILES, *([None] if inputs.of_hopper else [])):
             try:
                 error = cases.relative_error(inputs.run(tile)[0], expected)
             except triton.runtime.errors.OutOfResources:
@@ -115,16 +125,17 @@ def main() -> int:
             else:
                 print(f"{case[0]}: {tile} is off by {error:.1e}", flush=True)
                 bad += 1
-        best: dict[Tile, float] = {}
+        best: dict[Tile | None, float] = {}
         for tile in [*fits, *reversed(fits)]:
             median = triton.testing.do_bench(
                 lambda tile=tile: inputs.run(tile), warmup=20, rep=80, return_mode="median"
             )
             best[tile] = min(best.get(tile, median), median)
         for tile, ms in best.items():
-            about = {"keys": tile.keys, "warps": tile.warps, "stages": tile.stages}
+            about = asdict(tile) if tile else {"kernel": "hopper"}
             rows.append({"what": case[0], **about, "median_ms": ms, "times_first": best[TILES[0]] / ms})
-        figures = "; ".join(f"{t.keys} {t.warps} {t.stages}: {ms:.3f}" for t, ms in best.items())
+        named = {t: f"{t.keys} {t.warps} {t.stages}" if t else "Hopper" for t in best}
+        figures = "; ".join(f"{named[t]}: {ms:.3f}" for t, ms in best.items())
         print(f"{case[0]}: {figures}", flush=True)
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return 1 if bad else 0

@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from prunekit_kernels.block_sparse_prefill import backward, cases, portable
+from prunekit_kernels.block_sparse_prefill import backward, block_sparse_prefill, cases, portable
 from prunekit_kernels.block_sparse_prefill.reference import backward_reference, reference
 from tests.kernels import prefill
 from tests.kernels.compare import errors
@@ -61,11 +61,18 @@ def wide(case, dtype):
     return [*errors(got, expected), *(cases.relative_error(a, b) for a, b in zip(found, right, strict=True))]
 
 
-def varlen(dtype):
-    """Errors over sequences one behind another."""
-    q, k, v, starts, ends, lists = prefill.varlen_inputs(dtype, "cpu", 32)
-    exact = [t.double() for t in (q, k, v)]
-    return errors(run(q, k, v, lists, starts, ends), reference(*exact, lists, 64**-0.5, starts, ends))
+def varlen(dtype, per_head, causal):
+    """Errors over sequences one behind another, of the result and of the gradients."""
+    q, k, v, starts, ends, lists = prefill.varlen_inputs(dtype, "cpu", 32, per_head=per_head, causal=causal)
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    expected = block_sparse_prefill(*exact, lists, starts=starts, ends=ends)
+    got = run(q, k, v, lists, starts, ends)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    how = (*lists.tensors, starts, ends, None, *lists.numbers, 64**-0.5)
+    found = backward.launch(grad, torch.zeros_like(got[1]), q, k, v, *got, *how)
+    right = torch.autograd.grad(expected[0], exact, grad.double())
+    off = [cases.relative_error(a, b) for a, b in zip(found, right, strict=True)]
+    return [*errors(got, [t.detach() for t in expected]), *off]
 
 
 if __name__ == "__main__":
@@ -80,6 +87,6 @@ if __name__ == "__main__":
     more = {
         "gated": {f"{n}-{t}": gated(*pair, t) for n, pair in enumerate(prefill.GATED) for t in types},
         "wide": {f"{n}-{t}": wide(case, t) for n, case in enumerate(prefill.WIDE) for t in types},
-        "varlen": {str(t): varlen(t) for t in types},
+        "varlen": {f"{t}-{p}-{c}": varlen(t, p, c) for t in types for p in (False, True) for c in (False, True)},
     }
     print(json.dumps({"cases": found, "keyless": keyless(), **more}))

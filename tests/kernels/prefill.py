@@ -31,9 +31,9 @@ def gates_of(case, seed=0):
     return gates.masked_fill(closed, float("-inf"))
 
 
-def varlen_inputs(dtype, device, block, dim=64, lengths=VARLEN, heads=4, kv_heads=2):
+def varlen_inputs(dtype, device, block, dim=64, lengths=VARLEN, heads=4, kv_heads=2, **kinds):
     """Sequences one behind another: queries, keys, values, starts, ends, and lists for the longest."""
-    case = cases.Case(1, heads, kv_heads, max(lengths), max(lengths), dim, block_q=block, block_k=block)
+    case = cases.Case(1, heads, kv_heads, max(lengths), max(lengths), dim, block_q=block, block_k=block, **kinds)
     lists = cases.make(case, dtype, device, seed=3)[3]
     draw = torch.Generator().manual_seed(4)
     total = sum(lengths)

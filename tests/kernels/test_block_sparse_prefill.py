@@ -178,8 +178,12 @@ def test_interpreted_gates(interpreted, number, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_interpreted_varlen(interpreted, dtype):
-    expect_close(interpreted["varlen"][str(dtype)], dtype)
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_interpreted_varlen(interpreted, causal, per_head, dtype):
+    *forward, dq, dk, dv = interpreted["varlen"][f"{dtype}-{per_head}-{causal}"]
+    expect_close(forward, dtype)
+    assert max(dq, dk, dv) <= GRADIENT[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -214,7 +218,7 @@ def test_gates_on_a_gpu(poison, case, free):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_varlen_on_a_gpu(poison, dim):
     q, k, v, starts, ends, lists = prefill.varlen_inputs(
-        torch.bfloat16, "cuda", 128, dim, (1000, 1, 63, 257, 128), 8, 2
+        torch.bfloat16, "cuda", 128, dim, (1000, 1, 256, 63, 257, 128), 8, 2
     )
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]

@@ -74,13 +74,13 @@ def _queries_step(
     return dot(ds, k, acc, WIDEN, PRECISION)
 
 
-@triton.jit(do_not_specialize=["stride_list", "width", "mask_width", "n_queries", "n_keys", "q_offset"])
+@triton.jit(do_not_specialize=["stride_list", "width", "mask_width", "n_queries", "n_keys", "q_offset", "apart"])
 def _queries(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, grad_lse, lse_ptr, delta_ptr, dq_ptr, counts, partials, indices, mask_ids,
     masks, biases, starts, ends,
     stride_ob, stride_oh, stride_os, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gs, stride_list, width, mask_width, n_queries, n_keys,
-    q_offset, scale,
+    q_offset, apart, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TABLE: tl.constexpr, CAUSAL: tl.constexpr, SPANS: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -95,13 +95,15 @@ def _queries(
     at = tl.num_programs(0) - 1 - tl.program_id(0)
     row = at // PARTS
     head = tl.program_id(1)
-    batch = tl.program_id(2)
+    sequence = tl.program_id(2)
+    # Sequences that lie one behind another are all in the first row of the batch.
+    batch = sequence * apart
     start = 0
     n_rows = n_queries
     n_cols = n_keys
     if SPANS:
-        start = tl.load(starts + batch)
-        n_rows = tl.load(ends + batch) - start
+        start = tl.load(starts + sequence)
+        n_rows = tl.load(ends + sequence) - start
         n_cols = n_rows
     in_q = (at % PARTS) * TILE_Q + tl.arange(0, TILE_Q)
     at_q = row * BLOCK_Q + in_q
@@ -196,7 +198,7 @@ def _keys_step(
 
 @triton.jit(
     do_not_specialize=[
-        "list_rows", "width", "mask_width", "n_cols", "chunk", "n_queries", "n_keys", "q_offset", "n_items"
+        "list_rows", "width", "mask_width", "n_cols", "chunk", "n_queries", "n_keys", "q_offset", "n_items", "apart"
     ]
 )  # fmt: skip
 def _keys(
@@ -204,7 +206,7 @@ def _keys(
     mask_ids, masks, biases, starts, ends,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gs, list_rows, width, mask_width, n_cols, chunk, n_items, n_queries, n_keys, q_offset,
-    scale,
+    apart, scale,
     PER_HEAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TABLE: tl.constexpr, CAUSAL: tl.constexpr,
     SPANS: tl.constexpr, CHECK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -216,13 +218,14 @@ def _keys(
     block = tl.load(items + item)
     number = tl.load(items + n_items + item)
     kv = tl.program_id(1)
-    batch = tl.program_id(2)
+    sequence = tl.program_id(2)
+    batch = sequence * apart
     start = 0
     n_rows = n_queries
     n_inside = n_keys
     if SPANS:
-        start = tl.load(starts + batch)
-        n_rows = tl.load(ends + batch) - start
+        start = tl.load(starts + sequence)
+        n_rows = tl.load(ends + sequence) - start
         n_inside = n_rows
     if block < n_cols:
         first_k = (tl.program_id(0) % SPLIT) * TILE_K
@@ -273,20 +276,21 @@ def _keys(
             tl.atomic_add(dv_sum + out, dv, mask=k_mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens", "apart"])
 def _rounded(
-    dk_ptr, dv_ptr, dk_sum, dv_sum, n_chunks, starts, ends, n_tokens,
+    dk_ptr, dv_ptr, dk_sum, dv_sum, n_chunks, starts, ends, n_tokens, apart,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     """Sums over several chunks in the dtype of the gradients."""
     block = tl.program_id(0) * ROWS // BLOCK_K
     if tl.load(n_chunks + block) > 1:
-        batch = tl.program_id(2)
+        sequence = tl.program_id(2)
+        batch = sequence * apart
         start = 0
         n_inside = n_tokens
         if SPANS:
-            start = tl.load(starts + batch)
-            n_inside = tl.load(ends + batch) - start
+            start = tl.load(starts + sequence)
+            n_inside = tl.load(ends + sequence) - start
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         at_d = tl.arange(0, BLOCK_D)
         mask = (row < n_inside)[:, None] & (at_d < DIM)[None, :]
@@ -302,7 +306,7 @@ def turned_around(counts: Tensor, partials: Tensor, indices: Tensor, n_cols: int
     Args:
         counts: int32 [1 or H, rows].
         partials: int32 like `counts`.
-        indices: int32 [1 or H, rows, width].
+        indices: int32 [1 or H, rows, width], below `n_cols`.
         n_cols: blocks of keys.
     Returns:
         int32 [entries], places in the flattened `indices` sorted by list head and key block, masked ones first, and
@@ -367,6 +371,8 @@ def launch(
     kv_heads, n_keys = k.shape[1], k.shape[2]
     width, list_rows = indices.shape[2], counts.shape[1]
     spans = starts is not None and ends is not None
+    sequences = len(starts) if spans else batch
+    apart = int(sequences == batch)
     for_queries, for_keys = layouts or default_layouts(dim, block_q, block_k)
     if chunk is None:
         chunk = list_rows if torch.are_deterministic_algorithms_enabled() else CHUNK
@@ -377,7 +383,8 @@ def launch(
     dv = make(v.shape, dtype=v.dtype, device=v.device)
     delta = torch.empty_like(lse)
     block_d = max(16, triton.next_power_of_2(dim))
-    n_cols = -(-n_keys // block_k)
+    # Lists of sequences that lie one behind another are for the longest.
+    n_cols = -(-(min(n_keys, list_rows * block_q) if spans else n_keys) // block_k)
     order, bounds = turned_around(counts, partials, indices, n_cols)
     most = n_cols * -(-list_rows // chunk)
     if counts.shape[0] == 1:
@@ -396,23 +403,23 @@ def launch(
         **precision(q),
     }  # fmt: skip
     how = for_queries
-    _queries[(list_rows * (block_q // how.queries), heads, batch)](
+    _queries[(list_rows * (block_q // how.queries), heads, sequences)](
         q, k, v, out, grad, grad_lse.contiguous(), lse, delta, dq, counts, partials, indices, *tables, *extra,
         *out.stride()[:3], *strides,
-        list_rows if counts.shape[0] > 1 else 0, width, mask_width, n_queries, n_keys, q_offset, scale,
+        list_rows if counts.shape[0] > 1 else 0, width, mask_width, n_queries, n_keys, q_offset, apart, scale,
         TILE_Q=how.queries, TILE_K=how.keys, num_warps=how.warps, num_stages=how.stages, **shared,
     )  # fmt: skip
     how = for_keys
-    _keys[(most * (block_k // how.keys), kv_heads, batch)](
+    _keys[(most * (block_k // how.keys), kv_heads, sequences)](
         q, k, v, grad, lse, delta, dk, dv, dk_sum, dv_sum, order, bounds, items, n_chunks, *tables, *extra, *strides,
-        list_rows, width, mask_width, n_cols, chunk, most, n_queries, n_keys, q_offset, scale,
+        list_rows, width, mask_width, n_cols, chunk, most, n_queries, n_keys, q_offset, apart, scale,
         PER_HEAD=counts.shape[0] > 1, CHECK=spans or n_queries % block_q > 0, TILE_Q=how.queries, TILE_K=how.keys,
         num_warps=how.warps, num_stages=how.stages, **shared,
     )  # fmt: skip
     if split:
         rows = min(32, block_k)
-        _rounded[(triton.cdiv(n_keys, rows), kv_heads, batch)](
-            dk, dv, dk_sum, dv_sum, n_chunks, *extra[1:], n_keys,
+        _rounded[(triton.cdiv(min(n_keys, n_cols * block_k), rows), kv_heads, sequences)](
+            dk, dv, dk_sum, dv_sum, n_chunks, *extra[1:], n_keys, apart,
             DIM=dim, BLOCK_D=block_d, BLOCK_K=block_k, ROWS=rows, SPANS=spans, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv

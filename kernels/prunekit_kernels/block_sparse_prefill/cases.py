@@ -73,6 +73,9 @@ LARGE = (
     Case(2, 4, 2, 1000, 1000, 256),
     Case(2, 4, 2, 1000, 1000, 128, table=True),
     Case(3, 4, 2, 1000, 1000, 128, spans=True),
+    Case(4, 8, 2, 4097, 4097, 128, per_head=True, spans=True),
+    Case(2, 4, 2, 1000, 1000, 128, table=True, spans=True),
+    Case(3, 6, 2, 700, 700, 64, spans=True),
     Case(2, 4, 2, 700, 700, 64, spans=True, table=True, causal=False),
 )
 

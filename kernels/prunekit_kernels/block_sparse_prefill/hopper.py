@@ -40,19 +40,46 @@ def _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _load_block(desc, smem, full, empty, slot, phase, batch, head, block, BLOCK: gl.constexpr, DIM: gl.constexpr):
+def _span(starts, ends, sequence, row, n_keys, apart, SPANS: gl.constexpr):
+    """Row of the batch that a sequence lies in, the place of its first token there, and its length."""
+    if SPANS:
+        start = gl.load(starts + sequence)
+        length = gl.load(ends + sequence) - start
+        batch = sequence * apart
+    else:
+        start = row * 0
+        length = n_keys
+        batch = sequence
+    return batch, start, length
+
+
+@gluon.jit
+def _counts(counts, partials, line, row, length, SPANS: gl.constexpr):
+    """Blocks of a tile, and how many of them are masked; one of each for a tile behind the end of its sequence."""
+    count = gl.load(counts + line)
+    partial = gl.maximum(gl.load(partials + line), 1)
+    if SPANS:
+        count = gl.where(row * 128 < length, count, 1)
+        partial = gl.minimum(partial, count)
+    return count, partial
+
+
+@gluon.jit
+def _load_block(
+    desc, smem, full, empty, slot, phase, batch, head, start, block, BLOCK: gl.constexpr, DIM: gl.constexpr
+):
     """Copies one key or value block into a slot of the ring once both consumers have left it."""
     mbarrier.wait(empty.index(slot), phase)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
     place = smem.index(slot)._reinterpret(desc.dtype, [1, 1, BLOCK, DIM], desc.layout)
-    tma.async_copy_global_to_shared(desc, [batch, head, block * BLOCK, 0], full.index(slot), place)
+    tma.async_copy_global_to_shared(desc, [batch, head, start + block * BLOCK, 0], full.index(slot), place)
 
 
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    counts, indices, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads,
-    STAGES: gl.constexpr, DIM: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    counts, partials, indices, starts, ends, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads, n_keys, apart,
+    STAGES: gl.constexpr, DIM: gl.constexpr, ROWS_FIRST: gl.constexpr, SPANS: gl.constexpr,
 ):  # fmt: skip
     """Copies the queries of each tile and the listed key and value blocks, as far ahead as the ring allows.
 
@@ -64,28 +91,31 @@ def _produce(
     step = 0
     for i in range(n_mine + 1):
         t = first + gl.minimum(i, n_mine - 1) * gl.num_programs(0)
-        row, batch, head, kv_head = _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
+        row, sequence, head, kv_head = _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
         line = head * stride_head + row
-        count = gl.where(i == n_mine, 0, gl.load(counts + line))
+        batch, start, length = _span(starts, ends, sequence, row, n_keys, apart, SPANS)
+        count, _partial = _counts(counts, partials, line, row, length, SPANS)
+        count = gl.where(i == n_mine, 0, count)
         for half in gl.static_range(2):
             mbarrier.wait(q_empty.index(half), (i & 1) ^ 1)
             mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
             place = q_smem.index(half)._reinterpret(q_desc.dtype, [1, 1, 64, DIM], q_desc.layout)
-            tma.async_copy_global_to_shared(q_desc, [batch, head, row * 128 + half * 64, 0], q_full.index(half), place)
+            q_first = start + row * 128 + half * 64
+            tma.async_copy_global_to_shared(q_desc, [batch, head, q_first, 0], q_full.index(half), place)
         block = gl.load(indices + line * max_count)
         slot = step % STAGES
         phase = ((step // STAGES) & 1) ^ 1
-        _load_block(k_desc, k_smem, k_full, k_empty, slot, phase, batch, kv_head, block, 128, DIM)
+        _load_block(k_desc, k_smem, k_full, k_empty, slot, phase, batch, kv_head, start, block, 128, DIM)
         for j in range(1, count):
             ahead = gl.load(indices + line * max_count + j)
-            _load_block(v_desc, v_smem, v_full, v_empty, slot, phase, batch, kv_head, block, 128, DIM)
+            _load_block(v_desc, v_smem, v_full, v_empty, slot, phase, batch, kv_head, start, block, 128, DIM)
             step += 1
             slot = step % STAGES
             phase = ((step // STAGES) & 1) ^ 1
-            _load_block(k_desc, k_smem, k_full, k_empty, slot, phase, batch, kv_head, ahead, 128, DIM)
+            _load_block(k_desc, k_smem, k_full, k_empty, slot, phase, batch, kv_head, start, ahead, 128, DIM)
             block = ahead
         if i < n_mine:
-            _load_block(v_desc, v_smem, v_full, v_empty, slot, phase, batch, kv_head, block, 128, DIM)
+            _load_block(v_desc, v_smem, v_full, v_empty, slot, phase, batch, kv_head, start, block, 128, DIM)
             step += 1
 
 
@@ -175,6 +205,16 @@ def _packed(p, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _store_some(at, out, first, last, stride, DIM: gl.constexpr):
+    """Stores the rows `first` and on, before `last`, of an output tile in shared memory, [64, D]."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    row = first + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+    column = gl.arange(0, DIM, layout=gl.SliceLayout(0, ROWS))
+    places = gl.expand_dims(row.to(gl.int64) * stride, 1) + gl.expand_dims(column, 0)
+    gl.store(at + places, out.load(ROWS), mask=gl.expand_dims(row < last, 1))
+
+
+@gluon.jit
 def _issue(
     q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step,
     STAGES: gl.constexpr, PINGPONG: gl.constexpr, WHO: gl.constexpr, S_LAYOUT: gl.constexpr,
@@ -224,11 +264,11 @@ def _step(
 
 @gluon.jit
 def _consume(
-    o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    counts, partials, indices, mask_ids, masks, stride_head, max_count, mask_width, n_tiles, n_rows, heads, group,
-    n_kv_heads, n_queries, n_keys, q_offset, scale_log2,
+    o_desc, out_ptr, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    counts, partials, indices, mask_ids, masks, starts, ends, stride_head, max_count, mask_width, n_tiles, n_rows,
+    heads, group, n_kv_heads, n_queries, n_keys, q_offset, apart, stride_ob, stride_oh, stride_os, scale_log2,
     CAUSAL: gl.constexpr, TABLE: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
-    ROWS_FIRST: gl.constexpr, WHO: gl.constexpr,
+    ROWS_FIRST: gl.constexpr, SPANS: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 queries over the listed blocks, tile after tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -241,8 +281,9 @@ def _consume(
     n_mine = (n_tiles - first + gl.num_programs(0) - 1) // gl.num_programs(0)
     nothing = gl.full([64], float("-inf"), gl.float32, layout=ROW)
 
-    row, batch, head, _kv_head = _tile(first, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
+    row, sequence, head, _kv_head = _tile(first, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
     line = head * stride_head + row
+    batch, start, length = _span(starts, ends, sequence, row, n_keys, apart, SPANS)
     partial = gl.load(partials + line)
     first_word, second_word, third_word, fourth_word = _words(
         masks, mask_ids + line * mask_width, partial > 0, WHO, TABLE, S_LAYOUT
@@ -258,7 +299,7 @@ def _consume(
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(0), count=1)
     s = _mask(
-        s, q_offset + row * 128 + WHO * 64, gl.load(indices + line * max_count) * 128, n_keys,
+        s, q_offset + row * 128 + WHO * 64, gl.load(indices + line * max_count) * 128, length,
         first_word, second_word, third_word, fourth_word, CAUSAL, TABLE, S_LAYOUT,
     )  # fmt: skip
     m, _, p = _softmax(s, nothing, scale_log2, True)
@@ -270,32 +311,33 @@ def _consume(
         at = indices + line * max_count
         mask_at = mask_ids + line * mask_width
         q_first = q_offset + row * 128 + WHO * 64
-        count = gl.load(counts + line)
-        partial = gl.maximum(gl.load(partials + line), 1)
+        count, partial = _counts(counts, partials, line, row, length, SPANS)
         acc = gl.zeros([64, DIM], gl.float32, layout=O_LAYOUT)
         for j in range(1, partial):
             acc, p16, m, l = _step(
                 q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, mask_at + j,
-                masks, q_first, n_keys, scale_log2, True, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT,
+                masks, q_first, length, scale_log2, True, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT,
                 P_LAYOUT,
             )  # fmt: skip
             step += 1
         for j in range(partial, count):
             acc, p16, m, l = _step(
                 q, acc, p16, m, l, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn, step, at + j, mask_at + j,
-                masks, q_first, n_keys, scale_log2, False, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT,
+                masks, q_first, length, scale_log2, False, CAUSAL, TABLE, STAGES, PINGPONG, WHO, S_LAYOUT, O_LAYOUT,
                 P_LAYOUT,
             )  # fmt: skip
             step += 1
         mbarrier.arrive(q_empty.index(WHO), count=1)
 
         rows = row * 128 + WHO * 64 + gl.arange(0, 64, layout=ROW)
-        lse_at = lse + (batch * heads + head) * n_queries + rows
-        row_out, batch_out, head_out = row, batch, head
+        lse_at = lse + (batch * heads + head) * n_queries + start + rows
+        row_out, batch_out, head_out, start_out = row, batch, head, start
+        last_out = length if SPANS else n_queries
         m_out, l_out = m, l
         t = first + gl.minimum(i + 1, n_mine - 1) * gl.num_programs(0)
-        row, batch, head, _kv_head = _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
+        row, sequence, head, _kv_head = _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
         line = head * stride_head + row
+        batch, start, length = _span(starts, ends, sequence, row, n_keys, apart, SPANS)
         k_first = gl.load(indices + line * max_count) * 128
         first_word, second_word, third_word, fourth_word = _words(
             masks, mask_ids + line * mask_width, gl.load(partials + line) > 0, WHO, TABLE, S_LAYOUT
@@ -306,7 +348,7 @@ def _consume(
             q, acc, p16, k_smem, v_smem, k_full, v_full, k_empty, turn, step, STAGES, PINGPONG, WHO, S_LAYOUT
         )  # fmt: skip
         s = _mask(
-            s, q_offset + row * 128 + WHO * 64, k_first, n_keys, first_word, second_word, third_word, fourth_word,
+            s, q_offset + row * 128 + WHO * 64, k_first, length, first_word, second_word, third_word, fourth_word,
             CAUSAL, TABLE, S_LAYOUT,
         )  # fmt: skip
         m, _, p = _softmax(s, nothing, scale_log2, True)
@@ -322,34 +364,49 @@ def _consume(
         out.store(acc.to(o_desc.dtype))
         fence_async_shared()
         place = out._reinterpret(o_desc.dtype, [1, 1, 64, DIM], o_desc.layout)
-        tma.async_copy_shared_to_global(o_desc, [batch_out, head_out, row_out * 128 + WHO * 64, 0], place)
-        gl.store(lse_at, (m_out + gl.log2(l_out)) * 0.6931471805599453, mask=rows < n_queries)
+        q_out = row_out * 128 + WHO * 64
+        if SPANS:
+            # What follows a sequence is another one, or zeros.
+            if q_out + 64 <= last_out:
+                tma.async_copy_shared_to_global(o_desc, [batch_out, head_out, start_out + q_out, 0], place)
+            else:
+                o_at = out_ptr + batch_out.to(gl.int64) * stride_ob + head_out.to(gl.int64) * stride_oh
+                o_at += start_out.to(gl.int64) * stride_os
+                _store_some(o_at, out, q_out, last_out, stride_os, DIM)
+        else:
+            tma.async_copy_shared_to_global(o_desc, [batch_out, head_out, q_out, 0], place)
+        gl.store(lse_at, (m_out + gl.log2(l_out)) * 0.6931471805599453, mask=rows < last_out)
     tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
         "stride_head", "max_count", "mask_width", "n_tiles", "n_rows", "heads", "group", "n_kv_heads", "n_queries",
-        "n_keys", "q_offset",
+        "n_keys", "q_offset", "apart",
     ]
 )  # fmt: skip
 def block_sparse_prefill_hopper(
-    q_desc, k_desc, v_desc, o_desc, lse, counts, partials, indices, mask_ids, masks, stride_head, max_count,
-    mask_width, n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2,
+    q_desc, k_desc, v_desc, o_desc, out_ptr, lse, counts, partials, indices, mask_ids, masks, starts, ends,
+    stride_head, max_count, mask_width, n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, apart,
+    stride_ob, stride_oh, stride_os, scale_log2,
     CAUSAL: gl.constexpr, TABLE: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIM: gl.constexpr,
-    ROWS_FIRST: gl.constexpr,
+    ROWS_FIRST: gl.constexpr, SPANS: gl.constexpr,
 ):  # fmt: skip
     """Attention over listed key blocks of 128 by 128.
 
     Args:
-        q_desc: tensor descriptor [B, H, S, D], block [1, 1, 64, D]; `o_desc` alike.
+        q_desc: tensor descriptor [B, H, S, D], block [1, 1, 64, D]; `o_desc` alike, of what `out_ptr` points to.
         k_desc: tensor descriptor [B, G, T, D], block [1, 1, 128, D]; `v_desc` alike.
         lse: float32 [B, H, S], written, natural logarithm.
         counts: int32 [1 or H, rows], blocks of a row, at least one.
         partials: int32 like `counts`, how many of them, the leading ones, want the mask.
         indices: int32 [1 or H, rows, max_count].
         mask_ids: int32 [1 or H, rows, mask_width] into `masks`, int32 [n, 128, 4], if TABLE; else not looked at.
+        starts: int32, first token of each sequence, and `ends` past its last, if SPANS; else not looked at. The lists
+            are of the longest sequence; rows outside a sequence are not written. Causal lists alone.
         stride_head: rows if the lists differ by head, 0 if one list serves all.
+        apart: 1 if each sequence is a row of the batch, 0 if all lie behind one another in one.
+        stride_ob: elements of `out_ptr` from one row of the batch to the next, `stride_oh` head, `stride_os` token.
         ROWS_FIRST: whether all heads of a row of blocks come before the next row.
         scale_log2: softmax scale times log2(e).
     """
@@ -382,27 +439,29 @@ def block_sparse_prefill_hopper(
             (
                 _consume,
                 (
-                    o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    turn, counts, partials, indices, mask_ids, masks, stride_head, max_count, mask_width, n_tiles,
-                    n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, TABLE, STAGES,
-                    PINGPONG, DIM, ROWS_FIRST, 0,
+                    o_desc, out_ptr, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, turn, counts, partials, indices, mask_ids, masks, starts, ends, stride_head, max_count,
+                    mask_width, n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, apart,
+                    stride_ob, stride_oh, stride_os, scale_log2, CAUSAL, TABLE, STAGES, PINGPONG, DIM, ROWS_FIRST,
+                    SPANS, 0,
                 ),
             ),
             (
                 _consume,
                 (
-                    o_desc, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    turn, counts, partials, indices, mask_ids, masks, stride_head, max_count, mask_width, n_tiles,
-                    n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, scale_log2, CAUSAL, TABLE, STAGES,
-                    PINGPONG, DIM, ROWS_FIRST, 1,
+                    o_desc, out_ptr, lse, q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, turn, counts, partials, indices, mask_ids, masks, starts, ends, stride_head, max_count,
+                    mask_width, n_tiles, n_rows, heads, group, n_kv_heads, n_queries, n_keys, q_offset, apart,
+                    stride_ob, stride_oh, stride_os, scale_log2, CAUSAL, TABLE, STAGES, PINGPONG, DIM, ROWS_FIRST,
+                    SPANS, 1,
                 ),
             ),
             (
                 _produce,
                 (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    counts, indices, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads, STAGES, DIM,
-                    ROWS_FIRST,
+                    counts, partials, indices, starts, ends, stride_head, max_count, n_tiles, n_rows, group,
+                    n_kv_heads, n_keys, apart, STAGES, DIM, ROWS_FIRST, SPANS,
                 ),
             ),
         ],

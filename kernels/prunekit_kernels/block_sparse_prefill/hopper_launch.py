@@ -29,8 +29,8 @@ def _descriptor(tensor: Tensor, rows: int, layout: gl.NVMMASharedLayout) -> Tens
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
-    mask_ids: Tensor | None, masks: Tensor | None, q_offset: int, causal: bool, scale: float,
-    pingpong: bool = True, rows_first: bool | None = None,
+    mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None, q_offset: int,
+    causal: bool, scale: float, pingpong: bool = True, rows_first: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs the kernel; arguments and result as in `block_sparse_prefill`, every row listing at least one block.
 
@@ -42,19 +42,25 @@ def launch(
     batch, heads, n_queries, dim = q.shape
     n_kv_heads = k.shape[1]
     rows = counts.shape[1]
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
+    spans = starts is not None and ends is not None
+    # Rows outside a sequence are written by nobody, so they start as what they shall be.
+    out = torch.zeros_like(q) if spans else torch.empty_like(q)
+    shape = (batch, heads, n_queries)
+    lse = torch.full(shape, float("-inf"), device=q.device) if spans else torch.empty(shape, device=q.device)
+    sequences = len(starts) if spans else batch
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    n_tiles = rows * heads * batch
+    n_tiles = rows * heads * sequences
     processors, cache = _device(q.device.index or 0)
     if rows_first is None:
         rows_first = k.nbytes + v.nbytes < cache
+    nothing = counts
     block_sparse_prefill_hopper[(min(n_tiles, processors),)](
         _descriptor(q, 64, layout), _descriptor(k, 128, layout), _descriptor(v, 128, layout),
-        _descriptor(out, 64, layout), lse, counts, partials, indices, counts if mask_ids is None else mask_ids,
-        counts if masks is None else masks, rows if counts.shape[0] > 1 else 0, indices.shape[2],
-        0 if mask_ids is None else mask_ids.shape[2], n_tiles, rows, heads, heads // n_kv_heads, n_kv_heads,
-        n_queries, k.shape[2], q_offset, scale * LOG2E, CAUSAL=causal, TABLE=masks is not None,
-        STAGES=STAGES, PINGPONG=pingpong, DIM=dim, ROWS_FIRST=rows_first, num_warps=4,
+        _descriptor(out, 64, layout), out, lse, counts, partials, indices, nothing if mask_ids is None else mask_ids,
+        nothing if masks is None else masks, starts if spans else nothing, ends if spans else nothing,
+        rows if counts.shape[0] > 1 else 0, indices.shape[2], 0 if mask_ids is None else mask_ids.shape[2], n_tiles,
+        rows, heads, heads // n_kv_heads, n_kv_heads, n_queries, k.shape[2], q_offset, int(sequences == batch),
+        out.stride(0), out.stride(1), out.stride(2), scale * LOG2E, CAUSAL=causal, TABLE=masks is not None,
+        STAGES=STAGES, PINGPONG=pingpong, DIM=dim, ROWS_FIRST=rows_first, SPANS=spans, num_warps=4,
     )  # fmt: skip
     return out, lse

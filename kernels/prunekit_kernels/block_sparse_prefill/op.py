@@ -35,14 +35,17 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if copyable(tensor) else tensor.contiguous()
 
 
-def hopper_takes(q: Tensor, starts: Tensor | None, block_q: int, block_k: int, full_rows: bool) -> bool:
+def hopper_takes(
+    q: Tensor, starts: Tensor | None, block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool
+) -> bool:
     """Whether the Hopper kernel covers the case; what it leaves goes to the portable one."""
     return (
         capability(q.device.index or 0) == (9, 0)
         and q.dtype in HALF
         and q.shape[-1] in (64, 128)
         and (block_q, block_k) == (128, 128)
-        and starts is None
+        # A list that is not causal may take the block in which a sequence ends for a full one.
+        and (starts is None or (causal and q_offset == 0))
         and full_rows
     )
 
@@ -74,10 +77,12 @@ def _prefill_cuda(
             scale, biases, gates, free,
         )  # fmt: skip
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    if biases is None and gates is None and hopper_takes(q, starts, block_q, block_k, full_rows):
+    if biases is None and gates is None and hopper_takes(q, starts, block_q, block_k, q_offset, causal, full_rows):
         from prunekit_kernels.block_sparse_prefill import hopper_launch
 
-        return hopper_launch.launch(q, k, v, counts, partials, indices, mask_ids, masks, q_offset, causal, scale)
+        return hopper_launch.launch(
+            q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, q_offset, causal, scale
+        )
     from prunekit_kernels.block_sparse_prefill import portable
 
     return portable.launch(
@@ -108,19 +113,7 @@ def _backward(
     from prunekit_kernels.block_sparse_prefill import backward
 
     grad, q, k, v, out = _aligned(grad), _aligned(q), _aligned(k), _aligned(v), _aligned(out)
-    if starts is None or ends is None or len(starts) == q.shape[0]:
-        return backward.launch(grad, grad_lse, q, k, v, out, lse, *lists, scale)
-    found = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    lists = (counts, partials, indices, mask_ids, masks, None, None, biases, block_q, block_k, q_offset, causal)
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        here = slice(start, end)
-        parts = backward.launch(
-            grad[:, :, here], grad_lse[:, :, here].contiguous(), q[:, :, here], k[:, :, here], v[:, :, here],
-            out[:, :, here], lse[:, :, here].contiguous(), *lists, scale,
-        )  # fmt: skip
-        for whole, part in zip(found, parts, strict=True):
-            whole[:, :, start:end] = part
-    return found
+    return backward.launch(grad, grad_lse, q, k, v, out, lse, *lists, scale)
 
 
 @torch.library.custom_op("prunekit::block_sparse_prefill_gated_backward", mutates_args=())
