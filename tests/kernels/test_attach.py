@@ -23,6 +23,8 @@ from transformers import (
     MambaModel,
     MistralConfig,
     MistralForCausalLM,
+    SplinterConfig,
+    SplinterModel,
     StaticCache,
     T5Config,
     T5EncoderModel,
@@ -196,10 +198,44 @@ def test_a_sliding_window_model_honours_both_masks(ids):
         got = model(ids).logits
     with torch.no_grad():
         torch.testing.assert_close(got, masked(model, ids, near))
-        mask = torch.ones_like(ids)
-        mask[0, :5] = 0
-        with attach(model, near), pytest.raises(RuntimePolicyError, match="padded on the left"):
-            model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "dense"], ids=str)
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+def test_a_padded_batch_under_a_sliding_window_writes_what_each_prompt_writes_alone(ids, pattern, fixed):
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20)
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    mask = torch.ones_like(ids)
+    mask[0, :25] = 0
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    cache = StaticCache(config, max_cache_len=96) if fixed else None
+    with attach(model, pattern):
+        alone = model.generate(ids[:1, 25:], return_dict_in_generate=True, **greedy)
+        both = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **greedy
+        )  # fmt: skip
+    torch.testing.assert_close(torch.cat(both.logits)[::2], torch.cat(alone.logits))
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "dense"], ids=str)
+@pytest.mark.parametrize("parts", [(70,), (35, 70), (60, 61, 62, 70)], ids=str)
+def test_padding_between_tokens_counts_as_no_position(model, ids, pattern, parts):
+    # As of a second message that is shorter than that of another row.
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[0, 30:37] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    got, cache, first = [], None, 0
+    with attach(model, pattern):
+        expected = model(ids[:1, mask[0].bool()]).logits
+        for last in parts:
+            at = slice(first, last)
+            out = model(
+                ids[:, at], attention_mask=mask[:, :last], position_ids=positions[:, at], use_cache=True,
+                past_key_values=cache,
+            )  # fmt: skip
+            got, cache, first = [*got, out.logits], out.past_key_values, last
+    torch.testing.assert_close(torch.cat(got, 1)[:1, mask[0].bool()], expected)
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, Streaming(8, 1, 1)], ids=str)
@@ -218,6 +254,10 @@ def test_steps_over_a_sliding_cache_equal_one_pass(ids, pattern, chunk):
     torch.testing.assert_close(torch.cat(parts, 1), expected)
     with attach(model, {"pattern": "sink_window", "length_tokens": 65}):
         out = model(ids[:, :60], use_cache=True)
+        with pytest.raises(RuntimePolicyError, match="a sequence of 70 tokens is longer"):
+            model(ids[:, 60:], past_key_values=out.past_key_values, use_cache=True)
+        # A cache of fixed size has more slots than that.
+        out = model(ids[:, :60], past_key_values=StaticCache(config, max_cache_len=96), use_cache=True)
         with pytest.raises(RuntimePolicyError, match="a sequence of 70 tokens is longer"):
             model(ids[:, 60:], past_key_values=out.past_key_values, use_cache=True)
 
@@ -323,6 +363,20 @@ def test_an_encoder_takes_a_two_sided_pattern_only(ids):
         pytest.raises(RuntimePolicyError, match="a causal pattern on a bidirectional"),
     ):
         model(ids)
+
+
+def test_layers_that_do_not_tell_what_their_keys_are_are_refused(ids):
+    model = SplinterModel(SplinterConfig(**SIZES)).eval()
+    for causal in (True, False):
+        with (
+            attach(model, Dense(causal=causal)),
+            pytest.raises(RuntimePolicyError, match="`SplinterSelfAttention` does not tell whether it is causal"),
+        ):
+            model(ids)
+    encoder = BertModel(BertConfig(**SIZES))
+    layer = encoder.encoder.layer[0].attention.self
+    with attach(encoder, Dense(causal=False)), pytest.raises(RuntimePolicyError, match="7 queries and 9 keys"):
+        interface.attention(layer, *(torch.zeros(1, 4, n, 16) for n in (7, 9, 9)), None)
 
 
 def test_a_grid_pattern_goes_through_its_own_order_and_back():

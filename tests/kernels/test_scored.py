@@ -196,12 +196,13 @@ def test_beams_that_change_places_read_their_own_pages(model, ids):
     assert first.tolist() == again.flip(0).tolist()
 
 
-@pytest.mark.parametrize(("pads", "behind"), [(8, 0), (7, 0), (0, 5), (7, 3)])
-def test_padding_is_not_read_and_shapes_no_page(pads, behind):
+@pytest.mark.parametrize(("pads", "between", "behind"), [(8, 0, 0), (7, 0, 0), (0, 0, 5), (7, 0, 3), (3, 6, 2)])
+def test_padding_is_not_read_and_shapes_no_page(pads, between, behind):
     q, k, v = draw(4, 1, 0), draw(2, 60, 1), draw(2, 60, 2)
-    seen = slice(pads, 60 - behind)
     mask = torch.zeros(1, 60, dtype=torch.bool)
-    mask[0, seen] = True
+    mask[0, pads : 60 - behind] = True
+    mask[0, 30 : 30 + between] = False
+    seen = mask[0]
     alone = attended(Quest(4, 16), torch.nn.Module(), q, k[:, :, seen], v[:, :, seen])
     k[:, :, ~mask[0]], v[:, :, ~mask[0]] = 1e4, float("nan")
     torch.testing.assert_close(attended(Quest(4, 16), torch.nn.Module(), q, k, v, mask), alone)
