@@ -302,6 +302,11 @@ def test_what_a_model_adds_to_attention_is_refused_and_not_left_out(ids):
                 model(ids)
 
 
+def test_attention_weights_are_not_left_out_in_silence(model, ids):
+    with attach(model, "dense"), pytest.raises(RuntimePolicyError, match="gives no attention weights"):
+        model(ids, output_attentions=True)
+
+
 def test_values_of_another_size_than_queries_are_refused(ids):
     config = DeepseekV3Config(
         **SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
@@ -340,6 +345,8 @@ def test_models_that_no_pattern_is_for_are_refused_and_left_as_they_were(model, 
 
 
 def test_what_is_no_pattern_or_no_list_of_layers_is_refused(model):
+    with pytest.raises(UsageError, match="`Linear` is no model of transformers"):
+        attach(torch.nn.Linear(2, 2), "dense")
     for wrong in (42, None, Power):
         with pytest.raises(UsageError, match="is no pattern"):
             attach(model, wrong)

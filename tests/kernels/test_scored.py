@@ -1,5 +1,7 @@
 """Patterns that choose by score: what they list, and what a step over a cache reads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -187,6 +189,16 @@ def test_kept_summaries_say_what_fresh_ones_say(pattern):
     other = draw(2, 701, 7)
     kept = attended(pattern, module, q, other, other)
     assert torch.equal(kept, attended(pattern, torch.nn.Module(), q, other, other))
+
+
+def test_threads_that_write_with_one_model_keep_their_own_summaries(model, ids):
+    def written(row):
+        return [model.generate(ids[row : row + 1], **GREEDY).tolist() for _ in range(5)]
+
+    with attach(model, Quest(4, 24)):
+        expected = [written(row) for row in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(written, range(2))) == expected
 
 
 def test_beams_that_change_places_read_their_own_pages(model, ids):
