@@ -129,6 +129,7 @@ def test_dry_run_says_what_the_result_reads(small: Small, tmp_path: Path, capsys
         ("bert", {"pattern": "power"}, {}, "`power` is a causal pattern"),
         ("llama", {"pattern": "power", "layers": [4]}, {}, "there is no block 4"),
         ("gemma2", {"pattern": "power"}, {}, "a cap on scores"),
+        ("mistral", POWER, {"export": {"formats": ["safetensors", "onnx"]}}, "`onnx` cannot hold a pattern"),
         ("llama", {"pattern": "power", "length_tokens": 30}, {"evaluate": TEXT}, "`evaluate.perplexity` reads more"),
     ],
 )
