@@ -15,6 +15,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -35,6 +37,7 @@ from transformers import (
 from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime import attach
 from prunekit.runtime.attention import interface
+from prunekit.runtime.attention.masks import dense_mask_of
 from prunekit.runtime.attention.patterns._engine import dense_mask
 from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
@@ -216,6 +219,30 @@ def test_a_padded_batch_under_a_sliding_window_writes_what_each_prompt_writes_al
             ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **greedy
         )  # fmt: skip
     torch.testing.assert_close(torch.cat(both.logits)[::2], torch.cat(alone.logits))
+
+
+def test_an_image_that_reads_both_ways_does_so_under_a_causal_pattern(ids):
+    torch.manual_seed(0)
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "layer_types": ["full_attention"] * 3}
+    eyes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4, image_token_index=0)
+    model = Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
+    ids = torch.cat([ids[:1, :30], torch.zeros(1, 4, dtype=torch.long), ids[:1, 30:]], 1)
+    given = {"pixel_values": torch.randn(1, 3, 16, 16), "token_type_ids": (ids == 0).long()}
+    expected = model(ids, **given).logits
+    reader = model.model.language_model
+    with attach(reader, "dense"):
+        torch.testing.assert_close(model(ids, **given).logits, expected)
+    # Of the keys before a query the pattern takes some away, of those behind it none.
+    mask = interface.attention_mask(
+        1, 6, 6, mask_function=lambda b, h, q, k: (k <= q) | ((q > 1) & (k > 1) & (k < 5)), device="cpu"
+    )
+    places, mask = mask[:, 0, 6:], mask[:, :, :6]
+    seen = dense_mask_of(SinkWindow(0, 1), mask, places, torch.zeros(1, 1, 6, 1), 6, True)
+    assert seen[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "dense"], ids=str)

@@ -98,7 +98,7 @@ def dense_mask_of(
         places: with that, where tokens and queries are, bool [B, 2, O + T]; None if the first key is of position 0.
         query: [B, H, Q, D].
         n_keys: T.
-        causal: whether keys after the query are hidden.
+        causal: whether keys after the query are hidden, where the given mask does not say.
     """
     n_queries = query.shape[2]
     k = torch.arange(n_keys, device=query.device)[None, None, :]
@@ -120,4 +120,7 @@ def dense_mask_of(
         shown = given if given.dtype == torch.bool else given >= 0
         q = (n_keys - 1 - shown.flip(-1).int().argmax(-1, keepdim=True))[:, 0]
     seen = (pattern.allows(q, k) if pattern else (k <= q) | (not causal))[:, None]
+    if causal:
+        # Keys after the query that the model shows all the same, such as the rest of an image, are its own affair.
+        seen = seen | (k > q)[:, None]
     return given & seen if given.dtype == torch.bool else given.masked_fill(~seen, torch.finfo(given.dtype).min)
