@@ -31,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prunekit_kernels.sparse_decode import PageLists, cases, portable, sparse_decode
 from prunekit_kernels.sparse_decode.chunks import choose_chunks
+from prunekit_kernels.sparse_decode.op import hopper_chunks
 from prunekit_kernels.sparse_decode.portable import Tile
 from prunekit_kernels.sparse_decode.reference import attend, decode_reference, listed
 
@@ -149,7 +150,9 @@ class Bench:
         return late
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor, lists: PageLists, tile: Tile | None) -> tuple[Tensor, Tensor]:
-        """The kernel, also in a rehearsal, where the operation would take the reference."""
+        """The operation, or the portable kernel in a layout; in a rehearsal the kernel, where an operation refers."""
+        if tile is None and not self.options.rehearse:
+            return sparse_decode(q, k, v, lists)
         if tile and self.options.rehearse:
             tile = replace(tile, early=False)
         where = (lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged, lists.longest, lists.total)
@@ -228,13 +231,15 @@ class Bench:
         q, k, v = self.tensors(shape, lists.page_tokens if lists.paged else None)
         used = tile or portable.default_tile(shape.dim)
         out = self.check_large(f"{name} {shape} {used}", q, k, v, lists, tile)
+        where = (shape.kv_heads, lists.page_tokens, lists.paged, lists.longest)
+        clusters = None if tile or self.options.rehearse else hopper_chunks(q, k, v, *where)
         slots = used.programs * self.device.multiprocessors
-        cut = choose_chunks(lists.starts.numel(), lists.longest, lists.total, used.keys, slots)
+        cut = clusters or choose_chunks(lists.starts.numel(), lists.longest, lists.total, used.keys, slots)
         layout = f"{used.keys} keys, {used.warps} warps, {used.stages} stages, {used.programs} an SM"
         self.add(
             f"tile {name}" if tile else name, shape, int(lists.tokens[0, 0]), lists.indices.numel(),
             lambda: self.ours(q, k, v, lists, tile), chunks=f"{cut.n} x {cut.tokens}",
-            tile=layout + ", joined early" * used.early,
+            tile="clusters" if clusters else layout + ", joined early" * used.early,
         )  # fmt: skip
         return out
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import triton
+from record import asked
 
 Run = Callable[[], object]
 
@@ -27,9 +26,7 @@ class Device:
     def measure(self, run: Run) -> tuple[float, float, float, float, bool]:
         """Median, 20th and 80th percentile in us, scratch in MiB, whether a graph was replayed."""
         if self.name == "cpu":
-            start = time.perf_counter()
-            run()
-            return (*[(time.perf_counter() - start) * 1e6] * 3, 0.0, False)
+            return *self._once(run), 0.0, False
         run()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -39,9 +36,21 @@ class Device:
         graph = self._captured(run)
         call = graph.replay if graph else run
         first = min(self.times(call, 3))
-        times = torch.tensor(self.times(call, min(60, max(12, int(30e3 / first)))), dtype=torch.float64)
-        low, median, high = (float(times.quantile(part)) for part in (0.2, 0.5, 0.8))
-        return median, low, high, scratch, graph is not None
+        return *_percentiles(self.times(call, min(60, max(12, int(30e3 / first))))), scratch, graph is not None
+
+    def plain(self, run: Run) -> tuple[float, float, float]:
+        """Median, 20th and 80th percentile in us of a slow call, or of one that no graph holds."""
+        if self.name == "cpu":
+            return self._once(run)
+        run()
+        first = min(self.times(run, 2))
+        return _percentiles(self.times(run, min(30, max(5, int(150e3 / first)))))
+
+    def _once(self, run: Run) -> tuple[float, float, float]:
+        start = time.perf_counter()
+        run()
+        taken = (time.perf_counter() - start) * 1e6
+        return taken, taken, taken
 
     def _captured(self, run: Run) -> torch.cuda.CUDAGraph | None:
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -71,23 +80,26 @@ class Device:
         return [start.elapsed_time(end) * 1e3 for start, end in marks]
 
 
+def _percentiles(times: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
+    return float(median), float(low), float(high)
+
+
+def poisoned(on: bool) -> None:
+    """Whether memory that nobody wrote holds NaN from now on."""
+    torch.use_deterministic_algorithms(on, warn_only=True)
+
+
 def facts(commit: str) -> dict[str, str]:
     """Hardware and versions."""
-
-    def ask(*command: str) -> str:
-        try:
-            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-        return done.stdout.strip()
-
-    dirty = "-dirty" if ask("git", "status", "--porcelain", "--untracked-files=no") else ""
+    dirty = "-dirty" if asked("git", "status", "--porcelain", "--untracked-files=no") else ""
     query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw"
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "driver, clocks, power": ask("nvidia-smi", query, "--format=csv,noheader") or "unknown",
+        "driver, clocks, power": asked("nvidia-smi", query, "--format=csv,noheader") or "unknown",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit or (ask("git", "rev-parse", "--short", "HEAD") or "unknown") + dirty,
+        "commit": commit or (asked("git", "rev-parse", "--short", "HEAD") or "unknown") + dirty,
     }

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 import torch
 import transformers
+from record import append
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -55,6 +56,7 @@ from prunekit.runtime.attention.patterns._scored import Scored
 from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.quest import Quest
+from prunekit_kernels.block_sparse_prefill import cases
 
 # Llama-3-8B.
 SHAPE: dict[str, Any] = {
@@ -142,8 +144,7 @@ class Bench:
         return time.monotonic() - self.began
 
     def write(self, **row: Any) -> None:
-        with self.options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.options.out, row)
         print(f"{self.seconds():4.0f} s", json.dumps(row), flush=True)
 
     def build(self, shape: dict[str, Any]) -> LlamaForCausalLM:
@@ -191,7 +192,7 @@ class Bench:
                 cache = DynamicCache()
                 first = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
                 found.append(torch.cat([first, model(ids[:, :1], past_key_values=cache, use_cache=True).logits]))
-        errors = [self.error(other, found[0]) for other in found[1:]]
+        errors = [cases.relative_error(other, found[0]) for other in found[1:]]
         for how in (Quest(16, 128), POWER, Dense()):
             with under(model, how):
                 found = []
@@ -202,13 +203,10 @@ class Bench:
                     while step.written() < 1008:
                         run()
                     found.append(step.logits)
-                errors.append(self.error(found[1], found[0]))
+                errors.append(cases.relative_error(found[1], found[0]))
         limit = 1e-4 if self.on == "cpu" else 2e-2
         self.write(what="check", relative_errors=errors, limit=limit, passed=max(errors) <= limit)
         return max(errors) <= limit
-
-    def error(self, got: Tensor, right: Tensor) -> float:
-        return float((got - right).float().norm() / right.float().norm())
 
     def prompts(self, model: LlamaForCausalLM, length: int) -> None:
         """Time to the first token, dense and under power."""

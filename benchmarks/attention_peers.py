@@ -1,4 +1,4 @@
-"""Torch's attention kernels that the attention suite times beside ours, and their masks."""
+"""Torch's attention kernels that are timed beside ours, and their masks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from prunekit_kernels.block_sparse_prefill import BlockLists
 BACKENDS = {"dense cudnn": SDPBackend.CUDNN_ATTENTION, "dense flash2": SDPBackend.FLASH_ATTENTION}
 
 
-def compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def compiled_flex(mode: str | None = None) -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False, mode=mode)
 
 
 def power_rule(pattern: Power) -> Callable[..., Tensor]:

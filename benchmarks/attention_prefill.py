@@ -10,7 +10,6 @@ Speed-ups are printed only when every check passed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -19,19 +18,15 @@ from pathlib import Path
 
 import torch
 import triton
-from attention_device import facts
+from attention_device import facts, poisoned
+from attention_ours import DIM, HEADS, KV_HEADS, POWER, SCALE, Prefill, draw, hopper_with, portable_with, some_rows
+from attention_peers import BACKENDS, compiled_flex, dense, flex_mask, power_rule
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
 from prunekit.runtime.attention.patterns._engine import block_lists
-from prunekit.runtime.attention.patterns.power import Power
-from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, cases, hopper_launch, portable
-from prunekit_kernels.block_sparse_prefill.reference import masked_attention, reference
+from prunekit_kernels.block_sparse_prefill import BlockLists, block_sparse_prefill, cases, flash4, portable
+from prunekit_kernels.block_sparse_prefill.reference import reference
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
-PATTERN = Power(block_tokens=128, window_blocks=8, sink_blocks=1)
 # Variants that are checked at full size only, to spare their compilation for every small shape.
 LATER = ("portable 128x128 w8 s2", "hopper without turns")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -55,55 +50,14 @@ class Row:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-def portable_with(keys: int, warps: int, stages: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The portable kernel with one tile, called like the operation."""
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
-        starts: Tensor | None = None, ends: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return portable.launch(
-            q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends,
-            lists.block_q, lists.block_k, lists.q_offset, lists.causal, scale, portable.Tile(keys, warps, stages),
-        )  # fmt: skip
-
-    return run
-
-
-def hopper_with(**options: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The Hopper kernel with launch options, called like the operation."""
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
-        starts: Tensor | None = None, ends: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return hopper_launch.launch(
-            q, k, v, lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, lists.q_offset,
-            lists.causal, scale, **options,
-        )  # fmt: skip
-
-    return run
-
-
-def ours() -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
+def ours() -> dict[str, Prefill]:
     """Our kernel variants by name."""
     return {
         "hopper": hopper_with(),
         "hopper without turns": hopper_with(pingpong=False),
-        "portable 128x64 w4 s3": portable_with(64, 4, 3),
-        "portable 128x128 w8 s2": portable_with(128, 8, 2),
+        "portable 128x64 w4 s3": portable_with(portable.Tile(64, 4, 3)),
+        "portable 128x128 w8 s2": portable_with(portable.Tile(128, 8, 2)),
     }
-
-
-def poisoned() -> None:
-    """From now on memory that nobody wrote holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-
-
-def unpoisoned() -> None:
-    """Back to memory as it comes."""
-    torch.use_deterministic_algorithms(False)
 
 
 def check_small(log: list[str], seed: int) -> None:
@@ -111,17 +65,14 @@ def check_small(log: list[str], seed: int) -> None:
     for number, case in enumerate(cases.LARGE):
         for dtype in (torch.bfloat16, torch.float16)[: 2 if number % 6 == 0 else 1]:
             q, k, v, lists, starts, ends = cases.make(case, dtype, "cuda", seed + number)
-            scale = case.dim**-0.5
-            expected, lse = reference(q.double(), k.double(), v.double(), lists, scale, starts, ends)
-            for name, run in {"operation": None, **ours()}.items():
+            expected, lse = reference(q.double(), k.double(), v.double(), lists, case.dim**-0.5, starts, ends)
+            for name, run in {"operation": block_sparse_prefill, **ours()}.items():
                 if name.startswith("hopper") and (case.table or case.spans or case.dim not in (64, 128)):
                     continue
-                if name in LATER:
+                # Tiles of the variants are for head sizes up to 128.
+                if name in LATER or (name != "operation" and case.dim > 128):
                     continue
-                if run is None:
-                    out, got = block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends)
-                else:
-                    out, got = run(q, k, v, lists, scale, starts, ends)
+                out, got = run(q, k, v, lists, starts=starts, ends=ends)
                 error = cases.relative_error(out, expected)
                 finite = lse > float("-inf")
                 lse_error = float((got - lse)[finite].abs().max())
@@ -135,18 +86,16 @@ def check_small(log: list[str], seed: int) -> None:
 def check_large(log: list[str], n: int, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> None:
     """Every variant at full size on some rows of queries, against float32 and the pattern's own rule."""
     keys = torch.arange(n, device="cuda")
+    rule = lambda rows: POWER.allows(rows[:, None], keys[None, :])[None]  # noqa: E731
     for name, run in ours().items():
-        out, lse = run(q, k, v, lists, DIM**-0.5)
+        out, lse = run(q, k, v, lists)
         if not bool(torch.isfinite(out).all() & torch.isfinite(lse).all()):
             log.append(f"{name} {n}: not finite everywhere")
-        for first in (0, 640, n // 2 + 37, n - 64):
-            rows = torch.arange(first, min(first + 64, n), device="cuda")
-            mask = PATTERN.allows(rows[:, None], keys[None, :])[None]
-            expected, sums = masked_attention(q[0, :, rows].float(), k[0].float(), v[0].float(), mask, DIM**-0.5)
+        for rows, expected, sums in some_rows(q, k, v, rule, (0, 640, n // 2 + 37, n - 64), 64):
             error = cases.relative_error(out[0, :, rows], expected)
             lse_error = float((lse[0, :, rows] - sums).abs().max())
             if not (error <= cases.RELATIVE[torch.bfloat16] and lse_error <= cases.LSE_ABSOLUTE[torch.bfloat16]):
-                log.append(f"{name} {n} rows {first}: output {error:.2e} lse {lse_error:.2e}")
+                log.append(f"{name} {n} rows {rows.start}: output {error:.2e} lse {lse_error:.2e}")
 
 
 def check_peer(log: list[str], name: str, out: Tensor, expected: Tensor) -> None:
@@ -154,13 +103,6 @@ def check_peer(log: list[str], name: str, out: Tensor, expected: Tensor) -> None
     difference = cases.relative_error(out, expected)
     if not difference < 1e-2:
         log.append(f"{name} differs from ours by {difference:.2e}")
-
-
-def draw(n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, keys and values of one long prompt."""
-    shapes = ((1, HEADS, n, DIM), (1, KV_HEADS, n, DIM), (1, KV_HEADS, n, DIM))
-    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    return q, k, v
 
 
 def measure(run: Callable[[], object], rep_ms: int) -> tuple[float, float, float, float]:
@@ -180,54 +122,10 @@ def ceilings() -> tuple[float, float]:
     return 2 * 8192**3 / product / 1e9, 2 * source.nbytes / copy / 1e9
 
 
-def flex_power(n: int, mode: str | None) -> Attention:
-    """FlexAttention under the power pattern, compiled."""
-    size, near, sink = PATTERN.block_tokens, PATTERN.window_blocks, PATTERN.sink_blocks
-
-    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        d = q // size - k // size
-        return ((d < near) | ((d & (d - 1)) == 0) | (k // size < sink)) & (k <= q)
-
-    mask = create_block_mask(rule, None, None, n, n, device="cuda", BLOCK_SIZE=128, _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
-
-
-def dense(backend: SDPBackend) -> Attention:
-    """Dense causal attention through one backend of torch."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return run
-
-
-def flash4_power(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> Callable[[], Tensor]:
-    """flash-attn-4 over the same lists: its mask function on the diagonal blocks, no mask elsewhere."""
-    import cutlass.cute as cute
-    from flash_attn.cute import flash_attn_func
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-
-    @cute.jit
-    def causal(batch, head, q_at, k_at, seqlen_info, aux_tensors):
-        return q_at >= k_at
-
-    counts, partials = lists.counts[None], lists.partials[None]
-    width = lists.indices.shape[-1]
-    rest = (partials[..., None] + torch.arange(width, device="cuda")).clamp(max=width - 1).long()
-    full = lists.indices[None].gather(-1, rest).contiguous()
-    sparse = BlockSparseTensorsTorch(
-        partials.contiguous(), lists.indices[None].contiguous(), (counts - partials).contiguous(), full,
-        block_size=(128, 128),
-    )  # fmt: skip
-    mine = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
-
-    def run() -> Tensor:
-        out = flash_attn_func(*mine, mask_mod=causal, block_sparse_tensors=sparse)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-    return run
+def flex_power(lists: BlockLists, mode: str | None) -> Attention:
+    """FlexAttention over the lists of the power pattern, compiled."""
+    flex, mask = compiled_flex(mode), flex_mask(lists, power_rule(POWER))
+    return lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=True)
 
 
 def main() -> int:
@@ -240,48 +138,43 @@ def main() -> int:
     parser.add_argument("--no-dense", action="store_true", help="leave the dense baselines out")
     parser.add_argument("--autotune", action="store_true", help="also FlexAttention in max-autotune mode")
     options = parser.parse_args()
-    torch.manual_seed(0)
     log: list[str] = []
-    poisoned()
+    poisoned(True)
     check_small(log, seed=1)
     print(f"small checks: {len(log)} failed", flush=True)
     rows: list[Row] = []
     if not options.check_only:
-        unpoisoned()
+        poisoned(False)
         matmul, copy = ceilings()
         about = facts(options.commit) | {"matmul_tflops": f"{matmul:.0f}", "copy_tb_s": f"{copy:.2f}"}
         print(about, flush=True)
     for n in options.lengths:
         q, k, v = draw(n)
-        lists = block_lists(PATTERN, n, n, device="cuda")
-        poisoned()
+        lists = block_lists(POWER, n, n, device="cuda")
+        poisoned(True)
         check_large(log, n, q, k, v, lists)
-        unpoisoned()
+        poisoned(False)
         if options.check_only:
             continue
         touched = 4.0 * DIM * 128 * 128 * lists.touched * HEADS
         whole = 4.0 * DIM * n * (n + 1) / 2 * HEADS
         runs: dict[str, tuple[float, Callable[[], object]]] = {}
         for name, run in ours().items():
-            runs[name] = (touched, lambda run=run: run(q, k, v, lists, DIM**-0.5))
-        flex = flex_power(n, None)
+            runs[name] = (touched, lambda run=run: run(q, k, v, lists))
+        flex = flex_power(lists, None)
         runs["flex power"] = (touched, lambda flex=flex: flex(q, k, v))
-        expected = ours()["portable 128x64 w4 s3"](q, k, v, lists, DIM**-0.5)[0]
+        expected = ours()["portable 128x64 w4 s3"](q, k, v, lists)[0]
         check_peer(log, f"flex power {n}", flex(q, k, v), expected)
-        if importlib.util.find_spec("flash_attn") is not None:
-            flash4 = flash4_power(q, k, v, lists)
-            check_peer(log, f"flash-attn-4 power {n}", flash4(), expected)
-            runs["flash-attn-4 power"] = (touched, flash4)
+        if not flash4.refusal(q, k, lists):
+            call = flash4.prepared(q, k, v, lists, SCALE)
+            check_peer(log, f"flash-attn-4 power {n}", call(), expected)
+            runs["flash-attn-4 power"] = (touched, call)
         if options.autotune:
-            tuned = flex_power(n, "max-autotune-no-cudagraphs")
+            tuned = flex_power(lists, "max-autotune-no-cudagraphs")
             runs["flex power autotuned"] = (touched, lambda tuned=tuned: tuned(q, k, v))
-        runs["hopper again"] = (touched, lambda: ours()["hopper"](q, k, v, lists, DIM**-0.5))
+        runs["hopper again"] = (touched, lambda: ours()["hopper"](q, k, v, lists))
         if not options.no_dense:
-            for name, backend in (
-                ("dense cudnn", SDPBackend.CUDNN_ATTENTION),
-                ("dense flash", SDPBackend.FLASH_ATTENTION),
-            ):
-                runs[name] = (whole, lambda backend=backend: dense(backend)(q, k, v))
+            runs |= {name: (whole, dense(backend, q, k, v)) for name, backend in BACKENDS.items()}
         for name, (flops, call) in runs.items():
             median, low, high, peak = measure(call, 400 if n > 2**16 else 200)
             floor = flops / matmul / 1e9

@@ -4,7 +4,7 @@
     python benchmarks/attention_quality.py --out rows.jsonl --device cuda --dtype bfloat16 --lengths 2048 8192
 
 SmolLM2-135M-Instruct, in float32 on a CPU and as its files are on a GPU. The kernels take half precision alone: in
-float32 the plain reference runs, on a GPU too, so `--dtype bfloat16` is what measures them. Perplexity reads windows of
+float32 a GPU runs the plain reference, so `--dtype bfloat16` is what measures them. Perplexity reads windows of
 wikitext2_eval as prompts; a pass key is read in a prompt of the same length and written in steps over the cache. Beside
 them stands the share of the blocks of dense attention that prompts read. Rows are appended as they come, and a pattern
 whose row is there already is left out, so a run that was stopped goes on; so does one that ran out of `--seconds`.
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from record import record
 from torch import Tensor
 
 from prunekit.calibrate.batches import token_batch
@@ -134,11 +135,9 @@ def main() -> None:
                 "pattern": full["pattern"], "perplexity": measured.perplexity, "nll": measured.nll, "passkey": right,
                 "density": None if is_scored(chosen) else density(chosen, length),
                 "blocks": sum(shares) / len(shares) if shares else None,
-                "seconds": round(time.monotonic() - start), "options": full, **about,
+                "seconds": round(time.monotonic() - start), "options": full,
             }  # fmt: skip
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            record([row], about, options.out)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import asked, record
 from torch import Tensor
 
 from prunekit.calibrate.batches import token_batch
@@ -295,12 +296,8 @@ def cpu() -> str:
 
 
 def commit() -> dict[str, Any]:
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = git("status", "--porcelain", "--", "../prunekit")
-    return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    changed = asked("git", "status", "--porcelain", "--", "../prunekit")
+    return {"commit": asked("git", "rev-parse", "--short", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
 def main() -> None:
@@ -338,12 +335,7 @@ def main() -> None:
     rows += [{"what": "finercut_order", **result} for result in searches]
     if "margin" in found:
         rows.append({"what": "finercut_margin", **found["margin"]})
-    for row in rows:
-        line = json.dumps({**row, "same_order": len(orders) <= 1, **facts(chosen)})
-        print(line)
-        if chosen.out:
-            with chosen.out.open("a") as file:
-                file.write(line + "\n")
+    record(rows, {"same_order": len(orders) <= 1, **facts(chosen)}, chosen.out)
     if len(orders) > 1:
         raise SystemExit("the orders differ")
 

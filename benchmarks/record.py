@@ -1,4 +1,4 @@
-"""What benchmarks of whole models write: a JSON line a row, and what it was made with."""
+"""What benchmarks write: a JSON line a row, and what it was made with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
-def git(*words: str) -> str | None:
-    """What git says; None where the code is no checkout."""
-    here = Path(__file__).parent
-    done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+def asked(*command: str) -> str | None:
+    """What a command says, asked in the folder of the benchmarks; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -28,11 +30,11 @@ def made_with(device: str) -> dict[str, Any]:
     from prunekit.report.folder import versions
 
     cuda = torch.cuda.is_available() and device != "cpu"
-    changed = git("status", "--porcelain")
+    changed = asked("git", "status", "--porcelain")
     return {
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "versions": versions(),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": asked("git", "rev-parse", "HEAD"),
         "dirty": changed is None or bool(changed),
     }
 
@@ -46,8 +48,13 @@ def record(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any], out: Pat
         out: JSON lines are added to it; None prints alone.
     """
     for row in rows:
-        line = json.dumps({**about, **row})
-        print(line, flush=True)
+        whole = {**about, **row}
+        print(json.dumps(whole), flush=True)
         if out is not None:
-            with out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append(out, whole)
+
+
+def append(out: Path, row: Mapping[str, Any]) -> None:
+    """Adds a row to a file of JSON lines."""
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

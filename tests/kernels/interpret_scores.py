@@ -41,8 +41,7 @@ def gradients(case, dtype):
     q, k, v, lists, starts, ends = cases.make(case, dtype, "cpu", seed=3)
     random_numbers = torch.Generator().manual_seed(4)
     lists = replace(lists, biases=torch.randn(lists.indices.shape, generator=random_numbers))
-    parts = (lists.counts, lists.partials, lists.indices, lists.mask_ids, lists.masks, starts, ends)
-    numbers = (lists.block_q, lists.block_k, lists.q_offset, lists.causal, case.dim**-0.5)
+    parts, numbers = (*lists.tensors, starts, ends), (*lists.numbers, case.dim**-0.5)
     out, lse = portable.launch(q, k, v, *parts, *numbers, portable.Tile(32, 4, 2), biases=lists.biases)
     wide = [t.double() for t in (q, k, v)]
     expected, sums = reference(*wide, lists, case.dim**-0.5, starts, ends)

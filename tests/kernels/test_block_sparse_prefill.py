@@ -1,6 +1,7 @@
 """Block-sparse prefill: the reference against plain softmax, the kernel against the reference."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,19 +12,13 @@ from prunekit_kernels import _device
 from prunekit_kernels.block_sparse_prefill import block_sparse_prefill, cases, refusal
 from prunekit_kernels.block_sparse_prefill.lists import pack_bits, unpack_bits
 from prunekit_kernels.block_sparse_prefill.reference import reference
+from tests.kernels import prefill
+from tests.kernels.compare import GRADIENT, errors, expect_close
+from tests.kernels.interpreter import under_interpreter
 
 
 def by_name(case):
     return case.name
-
-
-def expect_same(case, dtype, out, lse, expected, sums):
-    finite = sums > float("-inf")
-    assert torch.equal(lse > float("-inf"), finite)
-    error = cases.relative_error(out, expected)
-    assert error <= cases.RELATIVE[dtype], f"output of {case.name} is {error:.2e} off"
-    worst = (lse - sums)[finite].abs().max().item()
-    assert worst <= cases.LSE_ABSOLUTE[dtype], f"log-sum-exp of {case.name} is {worst:.2e} off"
 
 
 @pytest.mark.parametrize("masks", [3, 0])
@@ -66,6 +61,54 @@ def test_sequences_in_a_padded_batch_equal_each_on_its_own():
     torch.testing.assert_close(lse[:, :, 13:63], sums)
     assert (out[:, :, :13] == 0).all()
     assert (lse[:, :, 63:] == float("-inf")).all()
+
+
+def dense_gated(q, k, v, lists, gates, free):
+    """Attention under a gate on each key, from the matrix itself."""
+    group = q.shape[1] // k.shape[1]
+    far = lists.q_offset + torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2]) >= free
+    bias = torch.where(far, gates.repeat_interleave(group, 1)[:, :, None, :], 0.0)
+    scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * q.shape[-1] ** -0.5 + bias
+    scores = scores.masked_fill(~lists.dense(), float("-inf"))
+    return scores.softmax(-1) @ v.repeat_interleave(group, 1), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("free", [1, 9])
+def test_gates_and_their_gradients_equal_those_of_autograd(free):
+    case = cases.Case(2, 4, 2, 50, 50, 64, block_q=32, block_k=32)
+    q, k, v, lists, _, _ = cases.make(case, torch.float64, "cpu", seed=0)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, prefill.gates_of(case))]
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    grads = []
+    for run in (
+        lambda *t: block_sparse_prefill(*t[:3], lists, gates=t[3], free_tokens=free),
+        lambda *t: dense_gated(*t[:3], lists, t[3].double(), free),
+    ):
+        out, lse = run(*leaves)
+        grads.append((out, lse, *torch.autograd.grad((out * weight).sum() + lse.double().sum(), leaves)))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="do not fit keys"):
+        block_sparse_prefill(q, k, v, lists, gates=leaves[3][:, :1])
+
+
+def test_sequences_one_behind_another_equal_each_on_its_own():
+    q, k, v, starts, ends, lists = prefill.varlen_inputs(torch.float64, "cpu", 32)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out, lse = block_sparse_prefill(*leaves, lists, starts=starts, ends=ends)
+    mask = lists.dense()
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        n = end - start
+        case = cases.Case(1, 4, 2, n, n, 64, block_q=32, block_k=32)
+        alone = [t[:, :, start:end].detach().requires_grad_() for t in leaves]
+        one, sums = block_sparse_prefill(*alone, cases.lists_of(mask[:, :n, :n], case))
+        torch.testing.assert_close(out[:, :, start:end], one)
+        torch.testing.assert_close(lse[:, :, start:end], sums)
+        got = torch.autograd.grad(out[:, :, start:end].sum(), leaves, retain_graph=True)
+        for whole, part in zip(got, torch.autograd.grad(one.sum(), alone), strict=True):
+            torch.testing.assert_close(whole[:, :, start:end], part)
+    with pytest.raises(ValueError, match="4 sequences do not fit a batch of 2"):
+        block_sparse_prefill(*(t.expand(2, -1, -1, -1) for t in (q, k, v)), lists, starts=starts, ends=ends)
 
 
 def test_operation_has_a_fake_that_agrees():
@@ -112,12 +155,73 @@ def test_refusal_names_the_reason(monkeypatch):
     assert refusal(on_gpu(64), on_gpu(64)) == "triton is not installed"
 
 
+@pytest.fixture(scope="module")
+def interpreted():
+    return under_interpreter(Path(__file__).parent / "interpret_prefill.py")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", cases.SMALL, ids=by_name)
+def test_interpreted_kernel_equals_float64(interpreted, case, dtype):
+    for found in interpreted["cases"][f"{case.name}-{dtype}"]:
+        expect_close(found, dtype)
+
+
+def test_interpreted_kernel_gives_zeros_for_a_query_without_keys(interpreted):
+    assert interpreted["keyless"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", range(len(prefill.GATED)))
+def test_interpreted_gates(interpreted, number, dtype):
+    expect_close(interpreted["gated"][f"{number}-{dtype}"], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_interpreted_varlen(interpreted, dtype):
+    expect_close(interpreted["varlen"][str(dtype)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", range(len(prefill.WIDE)))
+def test_interpreted_heads_of_256(interpreted, number, dtype):
+    *forward, dq, dk, dv = interpreted["wide"][f"{number}-{dtype}"]
+    expect_close(forward, dtype)
+    assert max(dq, dk, dv) <= GRADIENT[dtype]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", cases.LARGE, ids=by_name)
 def test_kernel_on_a_gpu_equals_float64(poison, case):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v, lists, starts, ends = cases.make(case, torch.bfloat16, "cuda", seed=1)
-    out, lse = block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends)
-    expected, sums = reference(q.double(), k.double(), v.double(), lists, case.dim**-0.5, starts, ends)
-    expect_same(case, torch.bfloat16, out, lse, expected, sums)
+    got = block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends)
+    expected = reference(q.double(), k.double(), v.double(), lists, case.dim**-0.5, starts, ends)
+    expect_close(errors(got, expected), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "free"), prefill.LARGE_GATED, ids=str)
+def test_gates_on_a_gpu(poison, case, free):
+    q, k, v, lists, starts, ends = cases.make(case, torch.bfloat16, "cuda", seed=1)
+    gates = prefill.gates_of(case).cuda()
+    got = block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends, gates=gates, free_tokens=free)
+    exact = [t.double() for t in (q, k, v)]
+    expected = reference(*exact, lists, case.dim**-0.5, starts, ends, gates, free)
+    expect_close(errors(got, expected), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_varlen_on_a_gpu(poison, dim):
+    q, k, v, starts, ends, lists = prefill.varlen_inputs(
+        torch.bfloat16, "cuda", 128, dim, (1000, 1, 63, 257, 128), 8, 2
+    )
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    got = block_sparse_prefill(*leaves, lists, starts=starts, ends=ends)
+    expected = block_sparse_prefill(*exact, lists, starts=starts, ends=ends)
+    expect_close(errors([t.detach() for t in got], [t.detach() for t in expected]), torch.bfloat16)
+    grad = torch.randn_like(q)
+    mine = torch.autograd.grad(got[0], leaves, grad)
+    for a, b in zip(mine, torch.autograd.grad(expected[0], exact, grad.double()), strict=True):
+        assert cases.relative_error(a, b) <= GRADIENT[torch.bfloat16]

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 
 from prunekit.runtime import attach
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.quest import Quest
+from tests.kernels.models import llama
 
 
 def steps(model, run, ids, n):
@@ -24,15 +25,10 @@ def steps(model, run, ids, n):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", ["dense", Power(64, 2), Quest(16, 128)], ids=str)
 def test_a_step_in_a_cuda_graph_equals_the_eager_one(pattern):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    torch.manual_seed(0)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 100}
-    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=512)
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    model = llama(hidden_size=512, intermediate_size=512, num_attention_heads=8).to("cuda", torch.bfloat16)
     ids = torch.randint(1, 100, (2, 400), device="cuda")
     with attach(model, pattern):
         expected = steps(model, model.forward, ids, 5)

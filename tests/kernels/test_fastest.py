@@ -65,8 +65,10 @@ def test_a_peer_that_does_not_take_the_case_is_not_run(inputs):
     assert fastest._CHOSEN == {}
 
 
-def test_times_are_medians_of_calls():
-    assert 0 <= fastest.milliseconds(lambda: None, False) < 100
+def test_times_are_medians_of_calls(monkeypatch):
+    times = iter([5.0, 1.0, 9.0, 2.0, 3.0])
+    monkeypatch.setattr(fastest, "elapsed_ms", lambda run, cuda: next(times))
+    assert fastest.milliseconds(lambda: None, False) == 3.0
 
 
 def test_cases_that_flash_attn_4_does_not_take_are_named():
@@ -135,8 +137,6 @@ def test_lists_reach_flash_attn_4_as_it_takes_them(monkeypatch):
 
 @pytest.mark.gpu
 def test_flash_attn_4_itself_agrees_where_it_is_installed():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v, lists, _, _ = cases.make(cases.Case(1, 8, 2, 4097, 4097, 128), torch.bfloat16, "cuda", seed=0)
     if reason := flash4.refusal(q, k, lists):
         pytest.skip(reason)

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM, StaticCache
 
 from prunekit.core.errors import RuntimePolicyError
 from prunekit.runtime import attach
@@ -16,19 +16,15 @@ from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.quest import Quest
 from prunekit.runtime.attention.policy import policy_number
+from tests.kernels.models import llama
 
-SIZES = {
-    "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": None,
-}  # fmt: skip
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 pytestmark = pytest.mark.filterwarnings("ignore:sparse attention runs in plain torch")
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval().requires_grad_(False)
+    return llama()
 
 
 def tokens(n, seed, batch=2):
@@ -149,7 +145,7 @@ def test_layers_that_stay_dense_read_what_is_filled(model):
         assert (step(model, tokens(1, 1), cache) - dense).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("pattern", [Quest(4, 24), Power(8, 2)], ids=str)
+@pytest.mark.parametrize("pattern", ["dense", Quest(4, 24), Power(8, 2)], ids=str)
 def test_compiled_steps_equal_eager_ones(model, pattern):
     torch._dynamo.reset()
     with attach(model, pattern):
@@ -206,11 +202,8 @@ def test_only_patterns_by_score_score_pages(model):
 
 @pytest.fixture
 def large():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    torch.manual_seed(0)
-    sizes = {**SIZES, "hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 1024}
-    return LlamaForCausalLM(LlamaConfig(**sizes)).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 1024}
+    return llama(**sizes).to("cuda", torch.bfloat16)
 
 
 def written(model, cache, given):

@@ -4,12 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime import attach
 from prunekit.runtime.attention.decode import step
-from prunekit.runtime.attention.patterns._scored import BLOCK
 from prunekit.runtime.attention.patterns.antidiagonal import Antidiagonal
 from prunekit.runtime.attention.patterns.block_topk import BlockTopk
 from prunekit.runtime.attention.patterns.power import Power
@@ -17,24 +16,20 @@ from prunekit.runtime.attention.patterns.quest import Quest
 from prunekit.runtime.attention.patterns.sink_window import SinkWindow
 from prunekit.runtime.attention.patterns.streaming import Streaming
 from prunekit.runtime.attention.patterns.vertical_slash import VerticalSlash
+from tests.kernels.models import llama
 
 SCORED = (
     Antidiagonal(0.6), Antidiagonal(0.9, 8), Antidiagonal(keep_blocks=2), Antidiagonal(0.6, query_step=4),
     BlockTopk(2), VerticalSlash(1, 1),
 )  # fmt: skip
 EVERY = (*SCORED, Quest(4, 24), Power(8, 2), SinkWindow(3, 12), Streaming(8, 1, 2))
-SIZES = {
-    "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": None,
-}  # fmt: skip
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 pytestmark = pytest.mark.filterwarnings("ignore:sparse attention runs in plain torch")
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval().requires_grad_(False)
+    return llama()
 
 
 @pytest.fixture(scope="module")
@@ -220,19 +215,6 @@ def test_padding_is_not_read_and_shapes_no_page(pads, between, behind):
     torch.testing.assert_close(attended(Quest(4, 16), torch.nn.Module(), q, k, v, mask), alone)
 
 
-@pytest.mark.parametrize("pattern", ["dense", Quest(4, 24), Power(8, 2)], ids=str)
-def test_a_compiled_step_over_a_static_cache_equals_the_eager_one(model, ids, pattern):
-    with attach(model, pattern):
-        caches = [StaticCache(model.config, max_cache_len=96) for _ in range(2)]
-        for cache in caches:
-            model(ids, past_key_values=cache, use_cache=True)
-        new = ids[:, :1]
-        expected = model(new, past_key_values=caches[0], use_cache=True).logits
-        compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
-        got = compiled(new, past_key_values=caches[1], use_cache=True).logits
-    torch.testing.assert_close(got, expected)
-
-
 def test_scored_patterns_refuse_what_they_cannot_honour(model, ids):
     n = ids.shape[1]
     mask = torch.ones(2, 1, n, n, dtype=torch.bool).tril(0)
@@ -248,4 +230,3 @@ def test_scored_patterns_refuse_what_they_cannot_honour(model, ids):
         Quest(16, 8)
     with pytest.raises(UsageError, match="`budget_tokens: 30` is no multiple of pages of 16"):
         Quest(16, 30)
-    assert BLOCK == 128

@@ -13,11 +13,10 @@ from prunekit_kernels.block_sparse_prefill.reference import reference
 from prunekit_kernels.merge import merge_attention
 from prunekit_kernels.page_summaries import block_means, page_bounds
 from prunekit_kernels.permute import permute_tokens
+from tests.kernels.compare import GRADIENT
 from tests.kernels.interpreter import under_interpreter
 
 TYPES = (torch.float32, torch.bfloat16)
-# Gradients sum products of two rounded matrices.
-GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -199,8 +198,6 @@ def test_interpreted_summaries_and_merge_equal_float64(interpreted, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [c for c in cases.LARGE if c.batch == 2], ids=lambda case: case.name)
 def test_gradients_on_a_gpu_equal_float64(poison, case):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v, lists, starts, ends = cases.make(case, torch.bfloat16, "cuda", seed=1)
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -218,8 +215,6 @@ def test_gradients_on_a_gpu_equal_float64(poison, case):
 @pytest.mark.parametrize(("stride", "step"), [(16, 1), (16, 4), (8, 8), (32, 2)])
 @pytest.mark.parametrize(("queries", "keys"), [(63, 63), (1000, 1000), (200, 1111), (4096, 4096)])
 def test_antidiagonal_scores_on_a_gpu_equal_float64(poison, queries, keys, stride, step, causal):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k = (draw(2, n, h, 128, seed=n + h, dtype=torch.bfloat16).transpose(1, 2) for n, h in ((queries, 8), (keys, 2)))
     how = {"stride": stride, "step": step, "q_offset": keys - queries, "causal": causal}
     got = antidiagonal_scores(q.cuda(), k.cuda(), **how)

@@ -13,8 +13,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from prunekit_kernels.sparse_decode import PageLists, cases, refusal, sparse_decode
-from prunekit_kernels.sparse_decode.chunks import choose_chunks
+from prunekit_kernels.sparse_decode.chunks import Chunks, choose_chunks, cluster_chunks
+from prunekit_kernels.sparse_decode.op import hopper_chunks
 from prunekit_kernels.sparse_decode.reference import decode_reference
+from tests.kernels.compare import errors, expect_close
 from tests.kernels.interpreter import under_interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,14 +37,6 @@ def expected_of(q, k, v, lists):
         q.double(), k.double(), v.double(), lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged,
         q.shape[-1] ** -0.5,
     )  # fmt: skip
-
-
-def errors(q, k, v, lists, out, lse):
-    """Relative error of the output, worst error of the log-sum-exp, whether the same queries read nothing."""
-    expected, sums = expected_of(q, k, v, lists)
-    finite = sums > float("-inf")
-    worst = (lse - sums)[finite].abs().max().item() if finite.any() else 0.0
-    return cases.relative_error(out, expected), worst, torch.equal(lse > float("-inf"), finite)
 
 
 def plain(q, k, v, rows):
@@ -130,10 +124,7 @@ def test_empty_lists_give_zeros_and_minus_infinity():
 @pytest.mark.parametrize("case", cases.SMALL, ids=by_name)
 def test_nothing_outside_the_lists_is_read(case):
     q, k, v, lists = cases.make(case, torch.float32, "cpu", seed=2)
-    error, lse_error, same_rows = errors(q, k, v, lists, *sparse_decode(q, k, v, lists))
-    assert error <= cases.RELATIVE[torch.float32]
-    assert lse_error <= cases.LSE_ABSOLUTE[torch.float32]
-    assert same_rows
+    expect_close(errors(sparse_decode(q, k, v, lists), expected_of(q, k, v, lists)), torch.float32)
 
 
 def test_operation_passes_the_checks_of_torch():
@@ -191,6 +182,24 @@ def test_one_long_head_is_cut_as_if_it_were_alone():
     assert beside_short_ones.tokens <= 1.2 * alone.tokens
 
 
+@pytest.mark.parametrize("longest", [0, 1, 63, 512, 2048, 8192, 131072])
+@pytest.mark.parametrize("n_lists", [1, 2, 8, 16, 24, 32, 64, 66, 67, 300])
+def test_clusters_cover_the_lists_and_find_room(n_lists, longest):
+    chunks = cluster_chunks(n_lists, longest, 64, 132)
+    if chunks is None:
+        assert n_lists > 132 or longest > 512
+        return
+    assert chunks.tokens % 64 == 0
+    assert longest <= chunks.n * chunks.tokens
+    assert n_lists * chunks.n <= 132
+
+
+def test_clusters_are_as_large_as_find_room():
+    assert [cluster_chunks(8 * batch, 2048, 64, 132) for batch in (1, 2, 3, 4, 8, 16, 17)] == [
+        Chunks(8, 256), Chunks(4, 512), Chunks(4, 512), Chunks(2, 1024), Chunks(1, 2048), Chunks(1, 2048), None,
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def interpreted():
     return under_interpreter(Path(__file__))
@@ -198,36 +207,63 @@ def interpreted():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_interpreted_kernel_equals_float64(interpreted, name):
-    dtype = RUNS[name][1]
-    for error, lse_error, same_rows in interpreted[name]:
-        assert error <= cases.RELATIVE[dtype]
-        assert lse_error <= cases.LSE_ABSOLUTE[dtype]
-        assert same_rows
+    for found in interpreted[name]:
+        expect_close(found, RUNS[name][1])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", cases.LARGE, ids=by_name)
 def test_kernel_on_a_gpu_equals_float64(poison, case, dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v, lists = cases.make(case, dtype, "cuda", seed=1)
-    error, lse_error, same_rows = errors(q, k, v, lists, *sparse_decode(q, k, v, lists))
-    assert error <= cases.RELATIVE[dtype]
-    assert lse_error <= cases.LSE_ABSOLUTE[dtype]
-    assert same_rows
+    expect_close(errors(sparse_decode(q, k, v, lists), expected_of(q, k, v, lists)), dtype)
+
+
+def of_hopper(case):
+    return case.dim in (64, 128) and case.queries == 1 and case.heads // case.kv_heads <= 8
 
 
 @pytest.mark.gpu
-def test_a_captured_step_follows_its_lists():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    q, k, v, lists = cases.make(cases.Case(2, 8, 2, 4097, 128, 16, "all"), torch.bfloat16, "cuda", seed=1)
+@pytest.mark.parametrize("programs", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", list(filter(of_hopper, cases.LARGE)), ids=by_name)
+def test_clusters_equal_float64(poison, case, programs):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper device")
+    from prunekit_kernels.sparse_decode import hopper_launch
+
+    dtype = DTYPES[1 + (case.tokens + programs) % 2]
+    q, k, v, lists = cases.make(case, dtype, "cuda", seed=programs)
+    chunks = Chunks(programs, 64 * -(-lists.longest // (64 * programs)))
+    where = (lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged)
+    found = hopper_launch.launch(q, k, v, *where, chunks, case.dim**-0.5)
+    expect_close(errors(found, expected_of(q, k, v, lists)), dtype)
+
+
+@pytest.mark.gpu
+def test_which_steps_clusters_take():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper device")
+
+    def taken(case):
+        q, k, v, lists = cases.make(case, torch.bfloat16, "cuda", seed=1)
+        return hopper_chunks(q, k, v, case.kv_heads, lists.page_tokens, lists.paged, lists.longest)
+
+    assert taken(cases.Case(8, 32, 8, 2048, 128, 16, "all")) == Chunks(1, 2048)
+    assert taken(cases.Case(1, 32, 8, 2048, 128, 16, "all", "paged")) == Chunks(8, 256)
+    assert taken(cases.Case(1, 32, 8, 2048, 256, 16, "all")) is None
+    assert taken(cases.Case(1, 32, 8, 2048, 128, 16, "all", queries=2)) is None
+    assert taken(cases.Case(1, 32, 2, 2048, 128, 16, "all")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1000, 20000])
+def test_a_captured_step_follows_its_lists(tokens):
+    q, k, v, lists = cases.make(cases.Case(2, 8, 2, tokens, 128, 16, "all"), torch.bfloat16, "cuda", seed=1)
     sparse_decode(q, k, v, lists)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = sparse_decode(q, k, v, lists)
-    lists.tokens.copy_(torch.tensor([[4097, 0], [16, 1000]]))
+    lists.tokens.copy_(torch.tensor([[tokens, 0], [16, 777]]))
     graph.replay()
     expected, sums = sparse_decode(q, k, v, lists)
     assert torch.equal(out, expected)
@@ -237,19 +273,18 @@ def test_a_captured_step_follows_its_lists():
 def interpret(case, dtype, seed):
     """Errors of the kernel with the chunks it chooses and, in float32, with one chunk and with short ones."""
     from prunekit_kernels.sparse_decode import portable
-    from prunekit_kernels.sparse_decode.chunks import Chunks
 
     q, k, v, lists = cases.make(case, dtype, "cpu", seed)
     step = portable.default_tile(case.dim).keys
     steps = -(-lists.longest // step)
-    found = []
+    found, expected = [], expected_of(q, k, v, lists)
     short = Chunks(steps, step) if steps < 8 else Chunks(-(-steps // 2), 2 * step)
     for chunks in (None, Chunks(1, steps * step), short) if dtype == torch.float32 else (None,):
-        out, lse = portable.launch(
+        got = portable.launch(
             q, k, v, lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged, lists.longest,
             lists.total, case.dim**-0.5, chunks=chunks,
         )  # fmt: skip
-        found.append(errors(q, k, v, lists, out, lse))
+        found.append(errors(got, expected))
     return found
 
 

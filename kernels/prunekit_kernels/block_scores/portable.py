@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekit_kernels._device import LOG2E
+from prunekit_kernels._triton import dot, precision
 
-TOP, MASS, POSITIVE = 0, 1, 2
+# How blocks are chosen: so many, the fewest that reach a share of the score, or all above zero.
+TOP, MASS, POSITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Tiles of folded queries whose programs lie side by side.
 NEAR = 4
 
@@ -66,10 +68,7 @@ def _folded(
                 k_mask = k_mask & (j % PARTS * BLOCK_D + at_d < DIM)[None, :]
             q = tl.load(q_at - (j // PARTS) * stride_qs + j % PARTS * BLOCK_D, mask=q_mask, other=0.0)
             k = tl.load(k_at + (j // PARTS) * stride_kt + j % PARTS * BLOCK_D, mask=k_mask, other=0.0)
-            if WIDEN:
-                s = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), s, input_precision=PRECISION)
-            else:
-                s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+            s = dot(q, tl.trans(k), s, WIDEN, PRECISION)
         keep = (at_c * STRIDE < n_keys)[None, :] & (at_r >= 0)[:, None]
         if CAUSAL:
             keep = keep & ((at_c * STRIDE)[None, :] <= (q_offset + end - 1)[:, None])
@@ -124,7 +123,7 @@ def _select(
     if CAUSAL:
         seen = seen & (c <= last // BLOCK_K)
     forced = seen & ((c < sink) | ((c > first // BLOCK_K - window) & (c < last // BLOCK_K + window)))
-    if MODE == 2:
+    if MODE == POSITIVE:
         chosen = forced | (seen & (s > 0.0))
     else:
         bits = s.to(tl.int32, bitcast=True)
@@ -137,7 +136,7 @@ def _select(
         goal = tl.sum(counted, 0) * mass
         low = tl.full([], -2147483648, tl.int64)
         high = tl.full([], 2147483648, tl.int64)
-        if MODE == 0:
+        if MODE == TOP:
             # Two thresholds a turn: their counts, at most 2 ** 14 each, share one sum. Blocks that are not seen have
             # the least key, below any threshold.
             while high - low > 1:
@@ -163,7 +162,7 @@ def _select(
                 enough = tl.sum(tl.where(key >= middle.to(tl.int32), counted, 0.0), 0) >= goal
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle)
-        if MODE == 0:
+        if MODE == TOP:
             least = low.to(tl.int32)
             chosen = seen & (key >= least)
             too_many = tl.sum(chosen.to(tl.int32), 0) - wanted
@@ -231,8 +230,7 @@ def folded(
         q, k, lse, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         heads, n_queries, n_keys, n_runs, q_offset, n_folded, cols, col_tiles, scale / stride * LOG2E,
         NEAR=NEAR, GROUP=group, DIM=dim, BLOCK_D=tile.channels, STRIDE=stride, STEP=step, ROWS=tile.rows,
-        COLS=tile_cols, INNER=inner, CAUSAL=causal, WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
+        COLS=tile_cols, INNER=inner, CAUSAL=causal, **precision(q), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return summed(lse, n_queries, stride * step, block_q, block_k, q_offset, causal)
 
@@ -263,7 +261,7 @@ def select(
     _select[(lines,)](
         scores.contiguous(), counts, partials, indices, rows, cols, width, n_queries, n_keys, q_offset, keep, mass,
         sink, window, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=causal,
-        MODE=TOP if keep > 0 else MASS if mass > 0 else POSITIVE, ASCENDING=ascending, COLS=size,
+        MODE=(TOP if keep > 0 else MASS if mass > 0 else POSITIVE).value, ASCENDING=ascending, COLS=size,
         num_warps=warps or min(8, max(1, size // 512)),
     )  # fmt: skip
     return counts, partials, indices

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekit_kernels import _device
+from prunekit_kernels._triton import LOG2E, dot, precision
 from prunekit_kernels.block_sparse_prefill.portable import table_mask
 
-LOG2E = tl.constexpr(_device.LOG2E)
 # Blocks of queries that one program of the second kernel follows for a head. Of 16, 32, 64 and all, 16 was the fastest
 # at 8,192 and 32,768 tokens of the power pattern on an H100: 7.4, 7.7, 8.0 and 11.0 ms at 32,768.
 CHUNK = 16
@@ -35,15 +34,6 @@ class Layout:
     keys: int
     warps: int
     stages: int
-
-
-@triton.jit
-def _dot(a, b, c, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    if WIDEN:
-        c = tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision=PRECISION)
-    else:
-        c = tl.dot(a, b, c, input_precision=PRECISION)
-    return c
 
 
 @triton.jit
@@ -66,7 +56,7 @@ def _queries_step(
         k = tl.load(k_at + k_slot * stride_kt)
         v = tl.load(v_at + k_slot * stride_vt)
     zero = tl.zeros([q.shape[0], TILE_K], tl.float32)
-    s = _dot(q, tl.trans(k), zero, WIDEN, PRECISION)
+    s = dot(q, tl.trans(k), zero, WIDEN, PRECISION)
     if MASKED:
         keep = (k_rows < n_cols)[None, :] & (at_q >= 0)[:, None]
         if TABLE:
@@ -79,9 +69,9 @@ def _queries_step(
         s = tl.where((k_rows < n_cols)[None, :], s, float("-inf"))
     less = lse - tl.load(biases + slot) * LOG2E if BIAS else lse
     p = tl.exp2(s * scale_log2 - less[:, None])
-    dp = _dot(grad, tl.trans(v), zero, WIDEN, PRECISION)
+    dp = dot(grad, tl.trans(v), zero, WIDEN, PRECISION)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
-    return _dot(ds, k, acc, WIDEN, PRECISION)
+    return dot(ds, k, acc, WIDEN, PRECISION)
 
 
 @triton.jit(do_not_specialize=["stride_list", "width", "mask_width", "n_queries", "n_keys", "q_offset"])
@@ -187,7 +177,7 @@ def _keys_step(
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.load(delta_at + at_q, mask=at_q < n_rows, other=0.0)
     zero = tl.zeros([TILE_K, TILE_Q], tl.float32)
-    s = _dot(k, tl.trans(q), zero, WIDEN, PRECISION)
+    s = dot(k, tl.trans(q), zero, WIDEN, PRECISION)
     if MASKED:
         if TABLE:
             number = tl.load(mask_ids + line * mask_width + entry % width)
@@ -198,10 +188,10 @@ def _keys_step(
             s = tl.where((q_offset + at_q)[None, :] >= k_rows[:, None], s, float("-inf"))
     less = lse - tl.load(biases + entry) * LOG2E if BIAS else lse
     p = tl.exp2(s * scale_log2 - less[None, :])
-    dv = _dot(p.to(grad.dtype), grad, dv, WIDEN, PRECISION)
-    dp = _dot(v, tl.trans(grad), zero, WIDEN, PRECISION)
+    dv = dot(p.to(grad.dtype), grad, dv, WIDEN, PRECISION)
+    dp = dot(v, tl.trans(grad), zero, WIDEN, PRECISION)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
-    return _dot(ds, q, dk, WIDEN, PRECISION), dv
+    return dot(ds, q, dk, WIDEN, PRECISION), dv
 
 
 @triton.jit(
@@ -403,9 +393,7 @@ def launch(
     shared = {
         "GROUP": heads // kv_heads, "DIM": dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "BLOCK_K": block_k,
         "TABLE": masks is not None, "CAUSAL": causal, "SPANS": spans, "BIAS": biases is not None,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        # Triton's interpreter multiplies the bit patterns of bfloat16.
-        "WIDEN": q.dtype == torch.bfloat16 and not q.is_cuda,
+        **precision(q),
     }  # fmt: skip
     how = for_queries
     _queries[(list_rows * (block_q // how.queries), heads, batch)](

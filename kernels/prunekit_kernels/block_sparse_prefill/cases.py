@@ -141,5 +141,5 @@ def make(
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; NaN stays NaN."""
-    return float((out.double() - expected.double()).norm() / expected.double().norm())
+    """Norm of the difference over the norm of what is expected; zero for zeros, NaN stays NaN."""
+    return float((out.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from prunekit_kernels._device import HALF
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
 
 NAME = "flash-attn-4"
@@ -30,7 +32,7 @@ def refusal(q: Tensor, k: Tensor, lists: BlockLists) -> str:
 
 def case_refusal(q: Tensor, k: Tensor, lists: BlockLists) -> str:
     """The same without looking at the device or at what is installed."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in HEAD_SIZES:
+    if q.dtype not in HALF or q.shape[-1] not in HEAD_SIZES:
         return f"dtype {q.dtype} or head size {q.shape[-1]}"
     if (lists.block_q, lists.block_k) != (128, 128) or lists.masks is not None or lists.biases is not None:
         return "the lists are not plain blocks of 128"
@@ -43,6 +45,11 @@ def case_refusal(q: Tensor, k: Tensor, lists: BlockLists) -> str:
 
 def run(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
     """Output [B, H, S, D]; causality is masked in the partial blocks alone."""
+    return prepared(q, k, v, lists, scale)()
+
+
+def prepared(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Callable[[], Tensor]:
+    """What `run` does once lists and layouts are as the package takes them."""
     import cutlass.cute as cute
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -56,8 +63,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Ten
         lists.indices[None].gather(-1, rest).contiguous(), block_size=(128, 128),
     )  # fmt: skip
     mine = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
-    out = flash_attn_func(*mine, softmax_scale=scale, mask_mod=_causal(cute.jit), block_sparse_tensors=sparse)
-    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+    causal = _causal(cute.jit)
+
+    def call() -> Tensor:
+        out = flash_attn_func(*mine, softmax_scale=scale, mask_mod=causal, block_sparse_tensors=sparse)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return call
 
 
 @functools.cache

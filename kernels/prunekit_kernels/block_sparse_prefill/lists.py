@@ -49,6 +49,16 @@ class BlockLists:
         """Listed blocks, all rows and list heads together."""
         return int(self.counts.sum())
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Counts, partial counts, indices, mask numbers and masks: what launches take, in their order."""
+        return self.counts, self.partials, self.indices, self.mask_ids, self.masks
+
+    @property
+    def numbers(self) -> tuple[int, int, int, bool]:
+        """Both block sizes, offset of the queries and causality: what launches take behind the tensors."""
+        return self.block_q, self.block_k, self.q_offset, self.causal
+
     def to(self, device: torch.device | str) -> BlockLists:
         """The same lists on another device."""
 
@@ -68,9 +78,8 @@ class BlockLists:
     def dense(self) -> Tensor:
         """Bool [1 or H, queries, keys], true where a query reads a key."""
         return expand(
-            self.counts, self.partials, self.indices, self.mask_ids, self.masks, self.block_q, self.block_k,
-            self.n_queries, self.n_keys, self.q_offset, self.causal,
-        )  # fmt: skip
+            *self.tensors, self.block_q, self.block_k, self.n_queries, self.n_keys, self.q_offset, self.causal
+        )
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Block-sparse prefill as a torch operation: the reference on a CPU, the kernels on a GPU."""
+"""Block-sparse prefill as a torch operation: gathered blocks on a CPU, the kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunekit_kernels._device import HALF, capability, copyable, no_head_size, no_kernels
+from prunekit_kernels.block_sparse_prefill import cpu
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
 from prunekit_kernels.block_sparse_prefill.reference import (
     backward_reference,
@@ -53,10 +54,11 @@ def _prefill(
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
     biases: Tensor | None = None, gates: Tensor | None = None, free: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return prefill_reference(
-        q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal, scale,
-        biases, gates, free,
+    lists = BlockLists(
+        counts, partials, indices, mask_ids, masks, block_q, block_k, q.shape[2], k.shape[2], q_offset, causal,
+        pairs=0, shortest=int(full_rows), biases=biases,
     )  # fmt: skip
+    return cpu.prefill(q, k, v, lists, scale, starts, ends, gates, free)
 
 
 @_prefill.register_kernel("cuda")

@@ -112,7 +112,7 @@ def _sequences(
         mine = None if gated is None else gated[:n, :m]
         added = None if bias is None else bias[:, :n, :m]
         if gates is not None and mine is not None:
-            by_head = gates[row, :, cols].repeat_interleave(q.shape[1] // k.shape[1], 0)
+            by_head = gates[row, :, cols].to(_kind(q)).repeat_interleave(q.shape[1] // k.shape[1], 0)
             gate = torch.where(mine, by_head[:, None, :], 0.0)
             added = gate if added is None else added + gate
         yield row, rows, cols, mask[:, :n, :m], added, mine

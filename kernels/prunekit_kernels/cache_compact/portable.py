@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekit_kernels.sparse_decode.portable import _strides
+from prunekit_kernels.sparse_decode.portable import strides
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def launch(
     if n_pages:
         _copy[(triton.cdiv(most, tile), kv_heads, batch)](
             k, v, *pools, indices.contiguous(), starts.contiguous(), tokens.contiguous(), pages.contiguous(),
-            *_strides(k, page_tokens, paged), *_strides(v, page_tokens, paged),
+            *strides(k, page_tokens, paged), *strides(v, page_tokens, paged),
             PAGE=page_tokens, NEW_PAGE=new_page, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), TILE=tile, num_warps=4,
         )  # fmt: skip
     return pools[0], pools[1]

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekit_kernels import _device
-
-LOG2E = tl.constexpr(_device.LOG2E)
+from prunekit_kernels._triton import LOG2E, dot, precision
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "q_offset"])
@@ -58,10 +57,7 @@ def _stats(
         lse = tl.load(lse_ptr + line * n_queries + at_q, mask=real, other=float("-inf"))
         # A query that reads nothing has minus infinity there, and gives nothing.
         lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-        if WIDEN:
-            s = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision=PRECISION)
-        else:
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = dot(q, tl.trans(k), None, WIDEN, PRECISION)
         p = tl.exp2(s * scale_log2 - lse[:, None])
         if CAUSAL:
             p = tl.where((q_offset + at_q)[:, None] >= at_k[None, :], p, 0.0)
@@ -91,8 +87,6 @@ def launch(
         q, k, lse.contiguous(), sums, most, starts if spans else lse, ends if spans else lse,
         *q.stride()[:3], *k.stride()[:3], n_queries, n_keys, q_offset, scale * _device.LOG2E,
         GROUP=heads // k.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), KEYS=keys, QUERIES=queries,
-        CAUSAL=causal, SPANS=spans, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        # Triton's interpreter multiplies the bit patterns of bfloat16.
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda, num_warps=4, num_stages=2,
+        CAUSAL=causal, SPANS=spans, **precision(q), num_warps=4, num_stages=2,
     )  # fmt: skip
     return sums, most

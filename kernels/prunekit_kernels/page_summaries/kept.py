@@ -37,7 +37,7 @@ class KeptPages:
         return cls(kept, x.new_zeros(batch, heads, page_tokens, dim), covered, torch.zeros_like(covered))
 
     def grown(self, n_pages: int) -> KeptPages:
-        """The same with room for at least `n_pages` pages."""
+        """The same with room for `n_pages` pages; where it has to be made, for some more, so that few steps copy."""
         had = self.summaries[0].shape[2]
         if had >= n_pages:
             return self

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prunekit_kernels._triton import dot, precision
 from prunekit_kernels.page_summaries.kept import KeptPages
 
 # A step makes one page: of 8,192 pages, programs that find nothing to do should be few.
@@ -191,12 +192,7 @@ def _bounds_scores(
     wide = q.to(tl.float32)
     above = tl.trans(tl.maximum(wide, 0.0).to(q.dtype))
     below = tl.trans(tl.minimum(wide, 0.0).to(q.dtype))
-    if WIDEN:
-        s = tl.dot(high.to(tl.float32), above.to(tl.float32), input_precision=PRECISION)
-        s = tl.dot(low.to(tl.float32), below.to(tl.float32), s, input_precision=PRECISION)
-    else:
-        s = tl.dot(high, above, input_precision=PRECISION)
-        s = tl.dot(low, below, s, input_precision=PRECISION)
+    s = dot(low, below, dot(high, above, None, WIDEN, PRECISION), WIDEN, PRECISION)
     best = tl.max(tl.where(real[None, :], s, float("-inf")), 1)
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * n_pages + page, best, mask=page < n_pages)
 
@@ -209,8 +205,6 @@ def bounds_scores(q: Tensor, low: Tensor, high: Tensor, pages: int = 64, warps: 
     _bounds_scores[(triton.cdiv(n_pages, pages), batch * kv_heads)](
         q, low, high, out, q.stride(0), q.stride(1), *low.stride()[:3], *high.stride()[:3], kv_heads, group, n_pages,
         DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), ROWS=max(16, triton.next_power_of_2(group)),
-        PAGES=pages, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        # Triton's interpreter multiplies the bit patterns of bfloat16.
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda, num_warps=warps,
+        PAGES=pages, **precision(q), num_warps=warps,
     )  # fmt: skip
     return out

@@ -176,7 +176,7 @@ def default_tile(dim: int) -> Tile:
     return Tile(keys={64: 128, 256: 32}.get(max(64, triton.next_power_of_2(dim)), 64))
 
 
-def _strides(cache: Tensor, page_tokens: int, paged: bool) -> tuple[int, int, int, int]:
+def strides(cache: Tensor, page_tokens: int, paged: bool) -> tuple[int, int, int, int]:
     """Elements from one sequence, key-value head, page and slot of a page to the next."""
     if paged:
         return 0, 0 if cache.shape[2] == 1 else cache.stride(2), cache.stride(0), cache.stride(1)
@@ -213,7 +213,7 @@ def launch(
     indices, starts, tokens = indices.contiguous(), starts.contiguous(), tokens.contiguous()
     _chunks[(chunks.n, kv_heads, batch)](
         q, k, v, part, part_lse, indices, starts, tokens,
-        q.stride(0), q.stride(1), q.stride(2), *_strides(k, page_tokens, paged), *_strides(v, page_tokens, paged),
+        q.stride(0), q.stride(1), q.stride(2), *strides(k, page_tokens, paged), *strides(v, page_tokens, paged),
         chunks.tokens, chunks.n, heads // kv_heads, scale * LOG2E,
         QUERIES=queries, ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, BLOCK_D=block_d, PAGE=page_tokens,
         TILE=tile.keys, ALIKE=k.stride() == v.stride(), WHOLE=whole, EARLY=tile.early and not whole,

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit.core.errors import RuntimePolicyError, UsageError
-from prunekit.runtime.attention.interface import NAME, register, say_slow
+from prunekit.runtime.attention.interface import NAME, register, say_plain
 from prunekit.runtime.attention.kept import forget
 from prunekit.runtime.attention.patterns._engine import Pattern
 from prunekit.runtime.attention.patterns._scored import Scored
@@ -114,7 +114,7 @@ def attach(
     register()
     attachment = Attachment(model, chosen.section())
     if reason:
-        say_slow(reason)
+        say_plain(reason, model.device)
     return attachment
 
 
@@ -129,6 +129,7 @@ def _require_one_stack(model: PreTrainedModel) -> None:
 
 
 def _no_kernel(model: PreTrainedModel) -> str:
+    """Why no kernel serves a model, or an empty string; refuses one without a number of heads for all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):

@@ -13,7 +13,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -256,7 +256,8 @@ def _gradient_cases(n: int, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     shape = f"gradients B1 S{n}"
     lists = block_lists(Power(128, 8), n, n, device=q.device)
-    flops = 10.0 * DIM * q.shape[1] * lists.touched * lists.block_q * lists.block_k
+    # Two products forward, five backward, of two operations for each pair and channel.
+    pair = 14.0 * DIM * q.shape[1]
 
     def run(forward: Callable[[], Tensor]) -> Callable[[], object]:
         def call() -> object:
@@ -264,9 +265,10 @@ def _gradient_cases(n: int, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
 
         return call
 
-    yield "power", shape, 1.4 * flops, 0.0, run(lambda: block_sparse_prefill(q, k, v, lists)[0])
+    touched = lists.touched * lists.block_q * lists.block_k
+    yield "power", shape, pair * touched, 0.0, run(lambda: block_sparse_prefill(q, k, v, lists)[0])
     for name, backend in DENSE.items():
-        yield name, shape, 7.0 * DIM * q.shape[1] * n * (n + 1), 0.0, run(_dense(backend, q, k, v, True))
+        yield name, shape, pair * n * (n + 1) / 2, 0.0, run(_dense(backend, q, k, v, True))
 
 
 def _times(run: Callable[[], object], cuda: bool, seconds: float = 0.3) -> list[float]:
@@ -295,13 +297,13 @@ def _compared(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row.what in DENSE and (row.shape not in best or row.median_ms < best[row.shape].median_ms):
             best[row.shape] = row
-    return [
-        row if row.what in DENSE or row.shape not in best else Row(
-            row.what, row.shape, row.median_ms, row.p20_ms, row.p80_ms, row.floor_ms, row.peak_mib,
-            best[row.shape].what, best[row.shape].median_ms / row.median_ms,
-        )
-        for row in rows
-    ]  # fmt: skip
+    found = []
+    for row in rows:
+        dense = None if row.what in DENSE else best.get(row.shape)
+        if dense is not None:
+            row = replace(row, baseline=dense.what, times_baseline=dense.median_ms / row.median_ms)
+        found.append(row)
+    return found
 
 
 def _facts(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> dict[str, Any]:

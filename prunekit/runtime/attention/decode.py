@@ -1,7 +1,7 @@
 """One step of a sequence: which cached tokens it reads, and attention over them.
 
 A static pattern names tokens by position, a scored one pages by score; a mask that the model gives takes tokens away.
-All become lists for the decode kernel, or for its plain reference without a GPU.
+All become lists for the decode kernel, or for its counterpart in plain torch on a CPU.
 
 Shapes: B batch, H query heads, G key-value heads, T keys, D head size, P pages.
 """
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunekit.runtime.attention.kept import find_room, fixed_page_scores, growing_summaries
 from prunekit.runtime.attention.patterns._engine import Pattern, order_of
-from prunekit.runtime.attention.patterns._scored import Scored, is_scored
+from prunekit.runtime.attention.patterns._scored import Scored, is_scored, reads_every_page
 from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit_kernels.block_scores import select_blocks
 from prunekit_kernels.sparse_decode import PageLists, sparse_decode
@@ -78,10 +78,10 @@ def fixed_step(
         [B, H, 1, D].
     """
     counts, (kv_heads, n_keys) = filled.view(-1), key.shape[1:3]
-    size, keep = pattern.pages if is_scored(pattern) else (0, 0)
-    if isinstance(pattern, Dense) or (is_scored(pattern) and -(-n_keys // size if size else 0) <= keep):
+    if isinstance(pattern, Dense) or (is_scored(pattern) and reads_every_page(pattern, n_keys)):
         lists = _shared(filled, module, ("whole", kv_heads), lambda: _first_tokens(counts, kv_heads, n_keys))
     elif is_scored(pattern):
+        size, keep = pattern.pages
         if not cannot_ask(key):
             find_room(pattern, module, key)
         scores = fixed_page_scores(query, key, counts, number)
@@ -150,18 +150,17 @@ def _scored_lists(
 ) -> PageLists:
     """The pages with the best scores, the newest token's among them; with a mask, their tokens that it leaves."""
     batch, kv_heads, n_keys = key.shape[:3]
-    size, keep = pattern.pages
-    n_pages = -(-n_keys // size) if size else 0
-    if n_pages <= keep:
+    if reads_every_page(pattern, n_keys):
         if mask is not None:
             return PageLists.from_mask(mask[:, None].expand(batch, -1, -1), kv_heads)
         count = torch.full((batch, kv_heads), n_keys, dtype=torch.int32, device=key.device)
         return PageLists.whole(count, n_keys, WHOLE_PAGE)
     if mask is not None:
         return _masked_lists(pattern, query, key, mask, there)
+    size, keep = pattern.pages
     summaries = pattern.summaries(key) if cannot_ask(key) else growing_summaries(pattern, module, key)
     pages = _best_pages(pattern.page_scores(query, summaries), n_keys, size, keep, window=1)
-    read = (keep - 1) * size + n_keys - (n_pages - 1) * size
+    read = (keep - 1) * size + (n_keys - 1) % size + 1
     # A captured step makes its own: what capturing makes holds nothing before the first replay.
     make = _table_shape.__wrapped__ if cannot_ask(key) else _table_shape
     starts, count = make(batch, kv_heads, keep, read, str(key.device))

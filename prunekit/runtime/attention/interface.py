@@ -31,7 +31,7 @@ from prunekit_kernels.block_sparse_prefill.fastest import prefill_fastest
 from prunekit_kernels.permute import permute_tokens
 
 NAME = "prunekit"
-# Reasons for the slow path that were said in this process.
+# Reasons for running without a kernel that were said in this process.
 _SAID: set[str] = set()
 
 
@@ -41,10 +41,11 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
-def say_slow(reason: str, stacklevel: int = 2) -> None:
+def say_plain(reason: str, device: torch.device, stacklevel: int = 2) -> None:
     """Warns that attention runs without a kernel; a layer that meets the same reason later says nothing."""
     _SAID.add(reason)
-    warnings.warn(f"sparse attention runs in plain torch, which is right but slow: {reason}", stacklevel=stacklevel + 1)
+    how = "" if device.type == "cpu" else ", which is right but slow"
+    warnings.warn(f"sparse attention runs in plain torch{how}: {reason}", stacklevel=stacklevel + 1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -88,31 +89,19 @@ def attention(
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int32:
         filled = _asked(policy, attention_mask, key)
         if filled is None:
-            _check(policy.pattern, module, causal, dropout)
+            _require_like(policy.pattern, module, causal, dropout)
             out = _fixed(policy, number, module, query, key, value, attention_mask, scaling)
             return out.transpose(1, 2).contiguous(), None
         key, value, attention_mask = key[:, :, :filled], value[:, :, :filled], None
     cache = key
-    if attention_mask is not None and attention_mask.dim() == 2:
-        filled = attention_mask.shape[1]
-        key, value = key[:, :, :filled], value[:, :, :filled]
-        attention_mask = None if attention_mask.dtype == torch.uint8 else attention_mask
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    # Where tokens and queries are, and how many tokens a sliding cache no longer holds.
-    places, gone = None, 0
-    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == n_queries + 2:
-        places, gone = attention_mask[:, 0, n_queries:], attention_mask.shape[3] - n_keys
-        attention_mask = attention_mask[:, :, :n_queries, gone:]
+    n_queries = query.shape[2]
+    key, value, attention_mask, places = _held(key, value, attention_mask, n_queries)
+    n_keys = key.shape[2]
     if not policy.covers(getattr(module, "layer_idx", None)):
-        # Torch's own causal mask starts at the first key, not where a prompt goes on over a cache.
-        goes_on = attention_mask is None and causal and 1 < n_queries < n_keys
-        if goes_on or (attention_mask is not None and attention_mask.dim() == 2):
-            attention_mask = dense_mask_of(None, attention_mask, None, query, n_keys, bool(causal))
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
+        mask = _dense_layer_mask(attention_mask, query, n_keys, bool(causal))
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
     pattern = policy.pattern
-    causal = _check(pattern, module, causal, dropout)
+    causal = _require_like(pattern, module, causal, dropout)
     _require_one_size(query, value)
     if not causal and n_queries != n_keys:
         raise RuntimePolicyError(
@@ -126,9 +115,10 @@ def attention(
         prompt_seen(pattern, module, cache, fixed)
     if not cannot_ask(query):
         policy.require_length(_length(policy, attention_mask, places, n_keys))
-    _say_if_slow(query, key)
+    _say_if_plain(query, key)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
         raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
+    gone = places is not None and places.shape[2] > n_keys
     rows = False if gone else _step_mask(attention_mask, n_queries, n_keys, causal)
     if n_queries == 1 < n_keys and causal and rows is not False:
         there = rows
@@ -138,7 +128,7 @@ def attention(
     elif attention_mask is None or (attention_mask.dim() == 2 and n_queries == n_keys):
         out = prompt(pattern, query, key, value, attention_mask, scaling, policy.fastest)
     else:
-        if n_queries == n_keys and not cannot_ask(query):
+        if n_queries == n_keys and not gone and not cannot_ask(query):
             _require_one_text(pattern, options.get("position_ids"), attention_mask, places)
         out = _masked(pattern, query, key, value, attention_mask, places, causal, scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -150,6 +140,28 @@ def _length(policy: Policy, given: Tensor | None, places: Tensor | None, n_keys:
         return 0
     filled = given if given is not None and given.dim() == 2 else None if places is None else places[:, 1]
     return n_keys if filled is None else int(spans_of(filled)[1].max())
+
+
+def _held(
+    key: Tensor, value: Tensor, mask: Tensor | None, n_queries: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Keys and values of the slots that are filled, what of the mask is for them, and where tokens and queries are."""
+    if mask is not None and mask.dim() == 2:
+        filled = mask.shape[1]
+        return key[:, :, :filled], value[:, :, :filled], None if mask.dtype == torch.uint8 else mask, None
+    if mask is not None and mask.dim() == 4 and mask.shape[2] == n_queries + 2:
+        # A sliding cache no longer holds the first tokens.
+        return key, value, mask[:, :, :n_queries, mask.shape[3] - key.shape[2] :], mask[:, 0, n_queries:]
+    return key, value, mask, None
+
+
+def _dense_layer_mask(given: Tensor | None, query: Tensor, n_keys: int, causal: bool) -> Tensor | None:
+    """The mask of a layer that the pattern is not for, as torch's attention takes it."""
+    # Torch's own causal mask starts at the first key, not where a prompt goes on over a cache.
+    goes_on = given is None and causal and 1 < query.shape[2] < n_keys
+    if goes_on or (given is not None and given.dim() == 2):
+        return dense_mask_of(None, given, None, query, n_keys, causal)
+    return given
 
 
 def _asked(policy: Policy, filled: Tensor, key: Tensor) -> int | None:
@@ -180,7 +192,7 @@ def _fixed(
 ) -> Tensor:  # fmt: skip
     """One step over a cache of fixed size; the decode kernel serves dense layers too, and better than a mask would."""
     _require_one_size(query, value)
-    _say_if_slow(query, key)
+    _say_if_plain(query, key)
     pattern = policy.pattern if policy.covers(getattr(module, "layer_idx", None)) else Dense()
     return fixed_step(pattern, number, module, query, key, value, filled, scaling)
 
@@ -195,9 +207,10 @@ def _require_one_size(query: Tensor, value: Tensor) -> None:
         )
 
 
-def _say_if_slow(query: Tensor, key: Tensor) -> None:
+def _say_if_plain(query: Tensor, key: Tensor) -> None:
+    """Says once for each reason that no kernel serves the tensors."""
     if not torch.compiler.is_compiling() and (reason := refusal(query, key)) and reason not in _SAID:
-        say_slow(reason)
+        say_plain(reason, query.device)
 
 
 def _step_mask(given: Tensor | None, n_queries: int, n_keys: int, causal: bool) -> Tensor | Literal[False] | None:
@@ -287,8 +300,8 @@ def _masked(
     )
 
 
-def _check(pattern: Pattern | Scored, module: nn.Module, causal: bool | None, dropout: float) -> bool:
-    """Whether the module is causal, as the pattern is."""
+def _require_like(pattern: Pattern | Scored, module: nn.Module, causal: bool | None, dropout: float) -> bool:
+    """Whether the layer is causal; refuses one that does not tell or differs from the pattern, and dropout."""
     if causal is None:
         raise RuntimePolicyError(
             f"`{type(module).__name__}` does not tell whether it is causal",

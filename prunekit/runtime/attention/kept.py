@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from prunekit.core.errors import RuntimePolicyError
-from prunekit.runtime.attention.patterns._scored import Scored, is_scored
+from prunekit.runtime.attention.patterns._scored import Scored, is_scored, reads_every_page
 from prunekit.runtime.attention.policy import name_of, policy_at
 from prunekit_kernels.page_summaries import KeptPages, can_renew, renew_pages
 
@@ -71,9 +71,8 @@ def find_room(pattern: Scored, layer: nn.Module, cache: Tensor) -> None:
 
     Not for a step that is captured: what capturing makes holds nothing before the first replay.
     """
-    size, keep = pattern.pages
-    place = (*_place(cache), pattern)
-    if not 0 < size * keep < cache.shape[2] or place in _FIXED or not can_renew(cache, size):
+    size, place = pattern.pages[0], (*_place(cache), pattern)
+    if reads_every_page(pattern, cache.shape[2]) or place in _FIXED or not can_renew(cache, size):
         return
     _drop_those_without_cache()
     with torch.inference_mode(False):
@@ -91,7 +90,7 @@ def growing_summaries(pattern: Scored, layer: nn.Module, key: Tensor) -> tuple[T
     known, kept = growing.get(thread, (None, None))
     with torch.inference_mode(False):
         if known != pattern or kept is None or not kept.fits(key):
-            kept = KeptPages.room(key, size, n_pages + n_pages // 8 + 8, _is_mean(pattern, key))
+            kept = KeptPages.room(key, size, 0, _is_mean(pattern, key))
         kept = kept.grown(n_pages)
     renew_pages(key.detach(), _count(key.shape[2], len(key), str(key.device)), kept)
     growing[thread] = (pattern, kept)

@@ -115,6 +115,18 @@ class Grid:
         return slots
 
 
+def n_axes(grid: object) -> int:
+    """How many axes a grid names.
+
+    Raises:
+        UsageError: for anything but one to three.
+    """
+    axes = len(grid) if isinstance(grid, list | tuple) else 0
+    if not 1 <= axes <= 3:
+        raise UsageError(f"`grid: {grid}` is no grid", why="it names the tokens along one to three axes")
+    return axes
+
+
 def per_axis(option: str, value: object, axes: int, least: int) -> tuple[int, ...]:
     """A whole number for each axis, from one number or one for each.
 

@@ -54,16 +54,24 @@ def is_scored(pattern: object) -> TypeIs[Scored]:
     return hasattr(pattern, "prompt_lists")
 
 
-def grouped(q: Tensor, kv_heads: int) -> Tensor:
-    """The queries [B, H, 1, D] by key-value head, [B, G, H / G, D]."""
-    return q.squeeze(2).unflatten(1, (kv_heads, -1))
+def reads_every_page(pattern: Scored, n_keys: int) -> bool:
+    """Whether a step of the pattern over so many keys leaves none out."""
+    size, keep = pattern.pages
+    return not 0 < size * keep < n_keys
 
 
-def best_of_group(scores: Tensor) -> Tensor:
-    """Float32 [B, G, P] from scores [B, G, H / G, P]: a page is worth what it is to its best query head."""
-    return scores.float().amax(2)
+class DenseSteps:
+    """The part of a scored pattern that speaks of steps, where they read everything."""
 
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Steps read everything."""
+        return 0, 0
 
-def no_pages(q: Tensor) -> Tensor:
-    """Scores of no page, for patterns whose steps read everything."""
-    return torch.zeros(q.shape[0], 0, 0, device=q.device)
+    def summaries(self, k: Tensor) -> tuple[Tensor, ...]:
+        """Nothing."""
+        return ()
+
+    def page_scores(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
+        """Of no page, [B, 0, 0]."""
+        return torch.zeros(q.shape[0], 0, 0, device=q.device)

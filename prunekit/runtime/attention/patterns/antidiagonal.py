@@ -9,13 +9,13 @@ from torch import Tensor
 
 from prunekit.core.errors import UsageError
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._scored import BLOCK, no_pages
+from prunekit.runtime.attention.patterns._scored import BLOCK, DenseSteps
 from prunekit_kernels.block_scores import antidiagonal_scores, scored_lists
 from prunekit_kernels.block_sparse_prefill import BlockLists
 
 
 @dataclass(frozen=True)
-class Antidiagonal:
+class Antidiagonal(DenseSteps):
     """Every block of 128 queries reads the fewest blocks that reach `mass` of its estimated attention; steps are dense.
 
     One in `stride` products is computed, those on the antidiagonals of squares of `stride` by `stride`, and their
@@ -62,11 +62,6 @@ class Antidiagonal:
         if not 0 < self.mass <= 1:
             raise UsageError(f"`mass: {self.mass}` is no share", why="it is above 0 and at most 1")
 
-    @property
-    def pages(self) -> tuple[int, int]:
-        """Steps read everything."""
-        return 0, 0
-
     def prompt_lists(self, q: Tensor, k: Tensor, scale: float) -> BlockLists | None:
         """Blocks of each row and head by estimated mass."""
         scores = antidiagonal_scores(
@@ -74,11 +69,3 @@ class Antidiagonal:
         )
         mass = 0.0 if self.keep_blocks else self.mass
         return scored_lists(scores[0], q.shape[2], k.shape[2], keep=self.keep_blocks, mass=mass)
-
-    def summaries(self, k: Tensor) -> tuple[Tensor, ...]:
-        """Nothing."""
-        return ()
-
-    def page_scores(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
-        """No page."""
-        return no_pages(q)

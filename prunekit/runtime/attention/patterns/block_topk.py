@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._scored import BLOCK, best_of_group, grouped
+from prunekit.runtime.attention.patterns._scored import BLOCK
 from prunekit_kernels.block_scores import scored_lists
 from prunekit_kernels.block_sparse_prefill import BlockLists
 from prunekit_kernels.page_summaries import block_means
@@ -63,6 +63,7 @@ class BlockTopk:
         return (block_means(k, BLOCK),)
 
     def page_scores(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
-        """Product of the query with each page's mean key."""
+        """Product of the query with each page's mean key, of the query heads of a key-value head the largest."""
         (means,) = summaries
-        return best_of_group(grouped(q, means.shape[1]) @ means.transpose(2, 3))
+        mine = q.squeeze(2).unflatten(1, (means.shape[1], -1))
+        return (mine @ means.transpose(2, 3)).float().amax(2)

@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from prunekit.core.errors import UsageError
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._grid import Grid, OnGrid, best_tile, per_axis
+from prunekit.runtime.attention.patterns._grid import Grid, OnGrid, best_tile, n_axes, per_axis
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,7 @@ class Halo(OnGrid):
 
     def __post_init__(self) -> None:
         at_least(self, prefix_tokens=0)
-        axes = len(self.grid) if isinstance(self.grid, list | tuple) else 0
-        if not 1 <= axes <= 3:
-            raise UsageError(f"`grid: {self.grid}` is no grid", why="it names the tokens along one to three axes")
+        axes = n_axes(self.grid)
         for option, least in (("grid", 1), ("block", 1), ("halo", 0)):
             object.__setattr__(self, option, per_axis(option, getattr(self, option), axes, least))
         reach = [b // 2 + h for b, h in zip(self.block, self.halo, strict=True)]  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunekit.core.errors import UsageError
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._grid import Grid, OnGrid, best_tile, per_axis
+from prunekit.runtime.attention.patterns._grid import Grid, OnGrid, best_tile, n_axes, per_axis
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ class Neighborhood(OnGrid):
 
     def __post_init__(self) -> None:
         at_least(self, prefix_tokens=0)
-        axes = len(self.grid) if isinstance(self.grid, list | tuple) else 0
-        if not 1 <= axes <= 3:
-            raise UsageError(f"`grid: {self.grid}` is no grid", why="it names the tokens along one to three axes")
+        axes = n_axes(self.grid)
         for option, least in (("grid", 1), ("window", 1), ("dilation", 1), ("stride", 1), ("causal_axes", 0)):
             object.__setattr__(self, option, per_axis(option, getattr(self, option), axes, least))
         sizes = [-(-size // d) for size, d in zip(self.grid, self._axes[2], strict=True)]

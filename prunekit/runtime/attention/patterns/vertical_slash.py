@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prunekit.runtime.attention.patterns._checks import at_least
-from prunekit.runtime.attention.patterns._scored import BLOCK, no_pages
+from prunekit.runtime.attention.patterns._scored import BLOCK, DenseSteps
 from prunekit_kernels.block_scores import scored_lists
 from prunekit_kernels.block_sparse_prefill import BlockLists
 
 
 @dataclass(frozen=True)
-class VerticalSlash:
+class VerticalSlash(DenseSteps):
     """Every query reads some columns of blocks and some diagonals of blocks, by head; steps are dense.
 
     The last `probe_tokens` queries attend to everything; their weights are summed by block of keys (columns) and by
@@ -48,11 +48,6 @@ class VerticalSlash:
 
     def __post_init__(self) -> None:
         at_least(self, vertical_blocks=1, slash_blocks=1, probe_tokens=1)
-
-    @property
-    def pages(self) -> tuple[int, int]:
-        """Steps read everything."""
-        return 0, 0
 
     def prompt_lists(self, q: Tensor, k: Tensor, scale: float) -> BlockLists | None:
         """Columns and diagonals of each head."""
@@ -91,11 +86,3 @@ class VerticalSlash:
             index = (distance.clamp(min=0) // BLOCK).flatten().expand(weights.shape[0], -1)
             by_distance.append(far.scatter_add_(1, index, weights.flatten(1)))
         return torch.cat(by_column), torch.cat(by_distance)
-
-    def summaries(self, k: Tensor) -> tuple[Tensor, ...]:
-        """Nothing."""
-        return ()
-
-    def page_scores(self, q: Tensor, summaries: tuple[Tensor, ...]) -> Tensor:
-        """No page."""
-        return no_pages(q)

@@ -1,0 +1,1 @@
+"""Sections of attention_suite.py, a file each: `run(bench)` checks kernels, then times them."""
