@@ -89,6 +89,8 @@ def short_recipe(model: str | None, short: dict[str, Any], overrides: list[str])
         raise UsageError(
             "nothing to prune", hint="give --recipe FILE, or a model with --fraction; see `prunekit recipes list`"
         )
+    if model.endswith((".yaml", ".yml")):
+        raise UsageError(f"`{model}` is a recipe, not a model", hint=f"give it as --recipe {model}")
     if short["fraction"] is None:
         raise UsageError(
             f"how much of `{model}` to remove is missing", hint="give --fraction, for example --fraction 0.2"

@@ -24,8 +24,9 @@ def check_pattern(view: ModelView, recipe: Recipe) -> None:
     """Fails before any work where the pattern cannot be the model's.
 
     Raises:
-        UsageError: for a model of several parts or stacks or with softcapped scores, a causal pattern on an encoder or
-            the reverse, layers that it has not, or a text to measure on that is longer than the pattern is for.
+        UsageError: for a model of several parts or stacks or with softcapped scores, a graph of a model with sliding
+            windows, a causal pattern on an encoder or the reverse, layers that it has not, or a text to measure on that
+            is longer than the pattern is for.
     """
     if recipe.runtime is None:
         return
@@ -40,6 +41,10 @@ def check_pattern(view: ModelView, recipe: Recipe) -> None:
     if view.text.get("attn_logit_softcapping") is not None:
         why = f"`{view.model_type}` caps the scores of its attention, which a pattern would leave out"
         raise UsageError("`runtime` does not go with a cap on scores", why=why, at="runtime")
+    graph = next((kind for kind in recipe.export.formats if kind in ("onnx", "genai")), None)
+    if graph is not None and _has_windows(view.text):
+        why = f"`{view.model_type}` has windows of its own, under which a graph does not see where a text begins"
+        raise UsageError(f"`{graph}` cannot hold a pattern of this model", why=why, hint="leave one out", at="runtime")
     causal = reads(view) == "text"
     if pattern.causal != causal:
         kinds = ("bidirectional", "causal")
@@ -58,6 +63,14 @@ def check_pattern(view: ModelView, recipe: Recipe) -> None:
         if longest is not None and part is not None and part.length_tokens > longest:
             why = f"`length_tokens` of the pattern is {longest:,}, of `evaluate.{name}` {part.length_tokens:,}"
             raise UsageError(f"`evaluate.{name}` reads more than the pattern is for", why=why, at=AT)
+
+
+def _has_windows(text: Mapping[str, Any]) -> bool:
+    """Whether a model's own mask is more than causality in some of its layers."""
+    types = text.get("layer_types")
+    if types is not None:
+        return any(kind.startswith(("sliding", "chunked")) for kind in types)
+    return text.get("sliding_window") is not None and text.get("use_sliding_window") is not False
 
 
 def write_pattern(recipe: Recipe, made: Made, folder: Path) -> None:

@@ -85,6 +85,13 @@ def test_short_form_needs_model_and_fraction(invoke, calls, tmp_path, given) -> 
     assert calls == []
 
 
+def test_a_recipe_in_the_place_of_the_model_is_told_where_it_goes(invoke, calls, tmp_path) -> None:
+    done = invoke(prune, "mine.yaml", "--output", tmp_path / "o")
+    assert isinstance(done.exception, UsageError)
+    assert done.exception.hint == "give it as --recipe mine.yaml"
+    assert calls == []
+
+
 def test_short_form_runs_the_recipe_it_stands_for(invoke, calls, tmp_path) -> None:
     done = invoke(prune, "m", "--remove", "blocks", "--fraction", "0.1", "--method", "gardener", "-o", tmp_path / "o")
     assert done.exit_code == 0, done.exception

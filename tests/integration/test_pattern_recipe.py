@@ -21,7 +21,7 @@ from prunekit.core.recipe import parse_recipe
 from prunekit.evaluate.subject import open_subject
 from prunekit.export.onnx import export_onnx
 from prunekit.export.ort import OrtDecoder, open_session
-from prunekit.export.verify import VerifyReport
+from prunekit.export.verify import Check, VerifyReport, _expected
 from prunekit.runtime.attention.patterns._engine import dense_mask
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.sink_window import SinkWindow
@@ -129,6 +129,7 @@ def test_dry_run_says_what_the_result_reads(small: Small, tmp_path: Path, capsys
         ("bert", {"pattern": "power"}, {}, "`power` is a causal pattern"),
         ("llama", {"pattern": "power", "layers": [4]}, {}, "there is no block 4"),
         ("gemma2", {"pattern": "power"}, {}, "a cap on scores"),
+        ("mistral", POWER, {"export": {"formats": ["safetensors", "onnx"]}}, "`onnx` cannot hold a pattern"),
         ("llama", {"pattern": "power", "length_tokens": 30}, {"evaluate": TEXT}, "`evaluate.perplexity` reads more"),
     ],
 )
@@ -169,8 +170,8 @@ def test_a_graph_of_a_static_pattern_equals_the_masked_model(small: Small, tmp_p
     model = AutoModelForCausalLM.from_pretrained(small("llama"))
     model.config.prunekit = {"runtime": {"attention": POWER}}
     model.save_pretrained(tmp_path / "m")
-    export_onnx(tmp_path / "m", tmp_path / "onnx")
-    run, ids = OrtDecoder(tmp_path / "onnx"), ids_of(40)
+    export_onnx(tmp_path / "m", tmp_path / "m" / "onnx")
+    run, ids = OrtDecoder(tmp_path / "m" / "onnx"), ids_of(40)
     expected = under_mask(model, ids, pattern).numpy()
     ones = np.ones(ids.shape, np.int64)
     np.testing.assert_allclose(steps_of(run, ids.numpy(), ones, 30), expected, atol=1e-4)
@@ -180,6 +181,10 @@ def test_a_graph_of_a_static_pattern_equals_the_masked_model(small: Small, tmp_p
     wide = np.concatenate([np.zeros((2, 5), np.int64), ids.numpy()], 1)
     mask = np.concatenate([np.zeros((2, 5), np.int64), ones], 1)
     np.testing.assert_allclose(steps_of(run, wide, mask, 30)[:, 5:], expected, atol=1e-4)
+    # What checks a folder expects of its graph what the pattern reads.
+    checks: list[Check] = []
+    _expected(tmp_path / "m", None, checks)
+    assert [(check.name, check.passed) for check in checks] == [("onnx computes what torch does", True)]
 
 
 def test_a_graph_of_an_encoder_holds_its_pattern(tmp_path: Path) -> None:

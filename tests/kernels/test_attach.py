@@ -15,6 +15,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -23,6 +25,8 @@ from transformers import (
     MambaModel,
     MistralConfig,
     MistralForCausalLM,
+    SplinterConfig,
+    SplinterModel,
     StaticCache,
     T5Config,
     T5EncoderModel,
@@ -33,6 +37,7 @@ from transformers import (
 from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime import attach
 from prunekit.runtime.attention import interface
+from prunekit.runtime.attention.masks import dense_mask_of
 from prunekit.runtime.attention.patterns._engine import dense_mask
 from prunekit.runtime.attention.patterns.dense import Dense
 from prunekit.runtime.attention.patterns.neighborhood import Neighborhood
@@ -184,10 +189,68 @@ def test_a_sliding_window_model_honours_both_masks(ids):
         got = model(ids).logits
     with torch.no_grad():
         torch.testing.assert_close(got, masked(model, ids, near))
-        mask = torch.ones_like(ids)
-        mask[0, :5] = 0
-        with attach(model, near), pytest.raises(RuntimePolicyError, match="padded on the left"):
-            model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "dense"], ids=str)
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+def test_a_padded_batch_under_a_sliding_window_writes_what_each_prompt_writes_alone(ids, pattern, fixed):
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20)
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    mask = torch.ones_like(ids)
+    mask[0, :25] = 0
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    cache = StaticCache(config, max_cache_len=96) if fixed else None
+    with attach(model, pattern):
+        alone = model.generate(ids[:1, 25:], return_dict_in_generate=True, **greedy)
+        both = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **greedy
+        )  # fmt: skip
+    torch.testing.assert_close(torch.cat(both.logits)[::2], torch.cat(alone.logits))
+
+
+def test_an_image_that_reads_both_ways_does_so_under_a_causal_pattern(ids):
+    torch.manual_seed(0)
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "layer_types": ["full_attention"] * 3}
+    eyes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4, image_token_index=0)
+    model = Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
+    ids = torch.cat([ids[:1, :30], torch.zeros(1, 4, dtype=torch.long), ids[:1, 30:]], 1)
+    given = {"pixel_values": torch.randn(1, 3, 16, 16), "token_type_ids": (ids == 0).long()}
+    expected = model(ids, **given).logits
+    reader = model.model.language_model
+    with attach(reader, "dense"):
+        torch.testing.assert_close(model(ids, **given).logits, expected)
+    # Of the keys before a query the pattern takes some away, of those behind it none.
+    mask = interface.attention_mask(
+        1, 6, 6, mask_function=lambda b, h, q, k: (k <= q) | ((q > 1) & (k > 1) & (k < 5)), device="cpu"
+    )
+    places, mask = mask[:, 0, 6:], mask[:, :, :6]
+    seen = dense_mask_of(SinkWindow(0, 1), mask, places, torch.zeros(1, 1, 6, 1), 6, True)
+    assert seen[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "dense"], ids=str)
+@pytest.mark.parametrize("parts", [(70,), (35, 70), (60, 61, 62, 70)], ids=str)
+def test_padding_between_tokens_counts_as_no_position(model, ids, pattern, parts):
+    # As of a second message that is shorter than that of another row.
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[0, 30:37] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    got, cache, first = [], None, 0
+    with attach(model, pattern):
+        expected = model(ids[:1, mask[0].bool()]).logits
+        for last in parts:
+            at = slice(first, last)
+            out = model(
+                ids[:, at], attention_mask=mask[:, :last], position_ids=positions[:, at], use_cache=True,
+                past_key_values=cache,
+            )  # fmt: skip
+            got, cache, first = [*got, out.logits], out.past_key_values, last
+    torch.testing.assert_close(torch.cat(got, 1)[:1, mask[0].bool()], expected)
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, Streaming(8, 1, 1)], ids=str)
@@ -206,6 +269,10 @@ def test_steps_over_a_sliding_cache_equal_one_pass(ids, pattern, chunk):
     torch.testing.assert_close(torch.cat(parts, 1), expected)
     with attach(model, {"pattern": "sink_window", "length_tokens": 65}):
         out = model(ids[:, :60], use_cache=True)
+        with pytest.raises(RuntimePolicyError, match="a sequence of 70 tokens is longer"):
+            model(ids[:, 60:], past_key_values=out.past_key_values, use_cache=True)
+        # A cache of fixed size has more slots than that.
+        out = model(ids[:, :60], past_key_values=StaticCache(config, max_cache_len=96), use_cache=True)
         with pytest.raises(RuntimePolicyError, match="a sequence of 70 tokens is longer"):
             model(ids[:, 60:], past_key_values=out.past_key_values, use_cache=True)
 
@@ -250,6 +317,11 @@ def test_what_a_model_adds_to_attention_is_refused_and_not_left_out(ids):
                 model(ids)
 
 
+def test_attention_weights_are_not_left_out_in_silence(model, ids):
+    with attach(model, "dense"), pytest.raises(RuntimePolicyError, match="gives no attention weights"):
+        model(ids, output_attentions=True)
+
+
 def test_values_of_another_size_than_queries_are_refused(ids):
     config = DeepseekV3Config(
         **SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
@@ -288,6 +360,8 @@ def test_models_that_no_pattern_is_for_are_refused_and_left_as_they_were(model, 
 
 
 def test_what_is_no_pattern_or_no_list_of_layers_is_refused(model):
+    with pytest.raises(UsageError, match="`Linear` is no model of transformers"):
+        attach(torch.nn.Linear(2, 2), "dense")
     for wrong in (42, None, Power):
         with pytest.raises(UsageError, match="is no pattern"):
             attach(model, wrong)
@@ -311,6 +385,20 @@ def test_an_encoder_takes_a_two_sided_pattern_only(ids):
         pytest.raises(RuntimePolicyError, match="a causal pattern on a bidirectional"),
     ):
         model(ids)
+
+
+def test_layers_that_do_not_tell_what_their_keys_are_are_refused(ids):
+    model = SplinterModel(SplinterConfig(**SIZES)).eval()
+    for causal in (True, False):
+        with (
+            attach(model, Dense(causal=causal)),
+            pytest.raises(RuntimePolicyError, match="`SplinterSelfAttention` does not tell whether it is causal"),
+        ):
+            model(ids)
+    encoder = BertModel(BertConfig(**SIZES))
+    layer = encoder.encoder.layer[0].attention.self
+    with attach(encoder, Dense(causal=False)), pytest.raises(RuntimePolicyError, match="7 queries and 9 keys"):
+        interface.attention(layer, *(torch.zeros(1, 4, n, 16) for n in (7, 9, 9)), None)
 
 
 def test_a_grid_pattern_goes_through_its_own_order_and_back():

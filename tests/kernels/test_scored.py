@@ -1,5 +1,7 @@
 """Patterns that choose by score: what they list, and what a step over a cache reads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -184,6 +186,16 @@ def test_kept_summaries_say_what_fresh_ones_say(pattern):
     assert torch.equal(kept, attended(pattern, torch.nn.Module(), q, other, other))
 
 
+def test_threads_that_write_with_one_model_keep_their_own_summaries(model, ids):
+    def written(row):
+        return [model.generate(ids[row : row + 1], **GREEDY).tolist() for _ in range(5)]
+
+    with attach(model, Quest(4, 24)):
+        expected = [written(row) for row in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(written, range(2))) == expected
+
+
 def test_beams_that_change_places_read_their_own_pages(model, ids):
     with attach(model, Quest(4, 24)):
         first = model.generate(ids, num_beams=3, max_new_tokens=10, do_sample=False, pad_token_id=0)
@@ -191,12 +203,13 @@ def test_beams_that_change_places_read_their_own_pages(model, ids):
     assert first.tolist() == again.flip(0).tolist()
 
 
-@pytest.mark.parametrize(("pads", "behind"), [(8, 0), (7, 0), (0, 5), (7, 3)])
-def test_padding_is_not_read_and_shapes_no_page(pads, behind):
+@pytest.mark.parametrize(("pads", "between", "behind"), [(8, 0, 0), (7, 0, 0), (0, 0, 5), (7, 0, 3), (3, 6, 2)])
+def test_padding_is_not_read_and_shapes_no_page(pads, between, behind):
     q, k, v = draw(4, 1, 0), draw(2, 60, 1), draw(2, 60, 2)
-    seen = slice(pads, 60 - behind)
     mask = torch.zeros(1, 60, dtype=torch.bool)
-    mask[0, seen] = True
+    mask[0, pads : 60 - behind] = True
+    mask[0, 30 : 30 + between] = False
+    seen = mask[0]
     alone = attended(Quest(4, 16), torch.nn.Module(), q, k[:, :, seen], v[:, :, seen])
     k[:, :, ~mask[0]], v[:, :, ~mask[0]] = 1e4, float("nan")
     torch.testing.assert_close(attended(Quest(4, 16), torch.nn.Module(), q, k, v, mask), alone)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunekit.core.errors import RuntimePolicyError
+from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime.attention.interface import NAME, register, say_plain
 from prunekit.runtime.attention.kept import forget
 from prunekit.runtime.attention.patterns._engine import Pattern
@@ -94,7 +94,7 @@ def attach(
     Returns:
         What undoes it: use it in a `with` statement or call its `detach()`.
     Raises:
-        UsageError: for an unknown pattern or option.
+        UsageError: for an unknown pattern or option, or what is no model of transformers.
         RuntimePolicyError: if the pattern is for another model, if the model's attention cannot be changed, or, if
             strict, if it runs without a kernel.
 
@@ -102,6 +102,9 @@ def attach(
         with attach(model, {"pattern": "power", "block_tokens": 128, "window_blocks": 8}):
             model.generate(**inputs)
     """
+    # What torch.compile or peft return is no PreTrainedModel and behaves as the one inside.
+    if not hasattr(model, "set_attn_implementation"):
+        raise UsageError(f"`{type(model).__name__}` is no model of transformers", hint="attach a pattern to one")
     chosen = policy(pattern, layers)
     chosen.require_for(model_facts(model.config))
     _require_one_stack(model)

@@ -30,7 +30,7 @@ Made = TypeVar("Made")
 
 def step(
     pattern: Pattern | Scored, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-    scaling: float | None, *, from_first: bool = True,
+    scaling: float | None, *, there: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of the newest token of each sequence.
 
@@ -41,17 +41,17 @@ def step(
         key: [B, G, T, D]; `value` alike.
         mask: bool [B or 1, T], the tokens that may be read, or None for all.
         scaling: factor on the scores, 1 / sqrt(D) if None.
-        from_first: whether positions count from the first token that may be read, instead of from slot 0.
+        there: bool [B or 1, T], the tokens that positions count; None for those of `mask`.
     Returns:
         [B, H, 1, D].
     """
     batch, kv_heads, n_keys = key.shape[:3]
     if is_scored(pattern):
-        lists = _scored_lists(pattern, module, query, key, mask, from_first)
+        lists = _scored_lists(pattern, module, query, key, mask, there)
     elif mask is None:
         lists = _static_lists(pattern, n_keys, batch, kv_heads, str(key.device))
     else:
-        lists = PageLists.from_mask((mask & _seen(pattern, mask, from_first))[:, None].expand(batch, -1, -1), kv_heads)
+        lists = PageLists.from_mask((mask & _seen(pattern, mask, there))[:, None].expand(batch, -1, -1), kv_heads)
     if key.stride(-1) != 1 or value.stride(-1) != 1:
         key, value = key.contiguous(), value.contiguous()
     return sparse_decode(query, key, value, lists, scale=scaling)[0]
@@ -106,12 +106,22 @@ def spans_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     return marks.argmax(1).to(torch.int32), ends.to(torch.int32)
 
 
-def _seen(pattern: Pattern, mask: Tensor, from_first: bool) -> Tensor:
+def _positions(mask: Tensor, there: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the tokens of a step are.
+
+    Returns:
+        int64: the position of each slot [B, T], without meaning where no token is; the slot of the newest token that
+        may be read [B, 1], and its position [B, 1].
+    """
+    position = ((mask if there is None else there).long().cumsum(1) - 1).expand_as(mask)
+    newest = spans_of(mask)[1].long()[:, None] - 1
+    return position, newest, position.gather(1, newest)
+
+
+def _seen(pattern: Pattern, mask: Tensor, there: Tensor | None) -> Tensor:
     """Bool [B, T], what the last token that may be read reads itself."""
-    first, end = spans_of(mask)
-    first = first if from_first else torch.zeros_like(first)
-    k = torch.arange(mask.shape[1], device=mask.device) - first[:, None]
-    return pattern.allows((end - 1 - first)[:, None], k) & (k >= 0)
+    k, _, q = _positions(mask, there)
+    return pattern.allows(q, k)
 
 
 @functools.lru_cache(maxsize=16)
@@ -136,7 +146,7 @@ def _static_lists(pattern: Pattern, n_keys: int, batch: int, kv_heads: int, devi
 
 
 def _scored_lists(
-    pattern: Scored, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, from_first: bool
+    pattern: Scored, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, there: Tensor | None
 ) -> PageLists:
     """The pages with the best scores, the newest token's among them; with a mask, their tokens that it leaves."""
     batch, kv_heads, n_keys = key.shape[:3]
@@ -146,7 +156,7 @@ def _scored_lists(
         count = torch.full((batch, kv_heads), n_keys, dtype=torch.int32, device=key.device)
         return PageLists.whole(count, n_keys, WHOLE_PAGE)
     if mask is not None:
-        return _masked_lists(pattern, query, key, mask, from_first)
+        return _masked_lists(pattern, query, key, mask, there)
     size, keep = pattern.pages
     summaries = pattern.summaries(key) if cannot_ask(key) else growing_summaries(pattern, module, key)
     pages = _best_pages(pattern.page_scores(query, summaries), n_keys, size, keep, window=1)
@@ -160,31 +170,30 @@ def _scored_lists(
     )  # fmt: skip
 
 
-def _masked_lists(pattern: Scored, query: Tensor, key: Tensor, mask: Tensor, from_first: bool) -> PageLists:
+def _masked_lists(pattern: Scored, query: Tensor, key: Tensor, mask: Tensor, there: Tensor | None) -> PageLists:
     """Tokens of the best pages that a mask leaves; pages count from where positions do."""
     batch, kv_heads, n_keys, channels = key.shape
     size, keep = pattern.pages
     n_pages = -(-n_keys // size)
     mask = mask.expand(batch, -1)
-    first, end = (place.long() for place in spans_of(mask))
-    first = first if from_first else torch.zeros_like(first)
-    slots = torch.arange(n_keys, device=key.device)
-    # The token at each place counted from the first one; what lies before that comes last.
-    place = (slots + first[:, None]) % n_keys
-    inner, newest = mask.gather(1, place), end - 1 - first
-    # Padding must not shape a page's summary: it takes the values of the newest token, whose page is read anyway.
-    place = torch.where(inner, place, end[:, None] - 1)
+    position, newest, last = _positions(mask, there)
+    # The slot of the token at each position. Padding must not shape a page's summary: in place of it stands the newest
+    # token, whose page is read anyway.
+    slots = torch.arange(n_keys, device=key.device).expand(batch, -1)
+    goal = torch.where(mask if there is None else there, position, n_keys)
+    place = newest.repeat(1, n_keys + 1).scatter(1, goal, slots)[:, :n_keys]
+    inner = mask.gather(1, place) & (slots <= last)
+    place = torch.where(inner, place, newest)
     key = key.gather(2, place[:, None, :, None].expand(-1, kv_heads, -1, channels))
     scores = pattern.page_scores(query, pattern.summaries(key))
     used = pad(inner, (0, n_pages * size - n_keys)).unflatten(1, (n_pages, size)).any(2)
-    at = newest.view(-1, 1, 1).expand(-1, kv_heads, 1) // size
+    at = (last // size)[:, None].expand(-1, kv_heads, -1)
     scores = scores.masked_fill(~used[:, None], float("-inf")).scatter(2, at, float("inf"))
     pages = _best_pages(scores, n_keys, size, keep, window=0)
     chosen = torch.zeros(batch, kv_heads, n_pages, dtype=torch.bool, device=key.device)
     chosen.scatter_(2, pages.long(), True)
     tokens = chosen.repeat_interleave(size, 2)[..., :n_keys]
-    back = (slots - first[:, None]) % n_keys
-    tokens = tokens.gather(2, back[:, None].expand(-1, kv_heads, -1))
+    tokens = tokens.gather(2, position.clamp(min=0)[:, None].expand(-1, kv_heads, -1))
     return PageLists.from_mask(tokens & mask[:, None], kv_heads)
 
 

@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls for `attn_implementation="prunekit"`.
+"""The attention function that transformers calls for `attn_implementation="prunekit"`.
 
 Prompts go to block-sparse prefill, steps of one token to sparse decode. Several tokens over a padded cache, and masks
 that are more than causality and padding, go to scaled dot-product attention under a dense mask: right, but no faster
@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from prunekit.core.errors import RuntimePolicyError
 from prunekit.runtime.attention.decode import cannot_ask, fixed_step, spans_of, step
 from prunekit.runtime.attention.kept import prompt_seen
+from prunekit.runtime.attention.masks import attention_mask, dense_mask_of
 from prunekit.runtime.attention.patterns._engine import Pattern, block_lists, order_of
 from prunekit.runtime.attention.patterns._scored import Scored, is_scored
 from prunekit.runtime.attention.patterns.dense import Dense
@@ -64,72 +62,6 @@ def _orders(pattern: Pattern, n_tokens: int, device: str) -> tuple[Tensor, Tenso
     return None if order is None else (order.to(device, torch.int32), order.argsort().to(device, torch.int32))
 
 
-def attention_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, **options: Any,
-) -> Tensor | None:  # fmt: skip
-    """What the attention function needs to know about causality and padding.
-
-    Returns:
-        None for a plain causal or plain bidirectional batch without padding that fills the keys; bool [B, n] for one
-        with padding on the left or right, uint8 [B, n] for one without, where only the first n slots of a cache of
-        fixed size are filled; int32 [B, 1, 1, 1] for a step of one token over such a cache, how many slots are filled;
-        bool [B, T] for such a step with padding; bool [B, 1, Q, O + T] for everything else, O being how many tokens a
-        sliding cache no longer holds.
-    Raises:
-        RuntimePolicyError: if a batch padded on the left comes under a mask that is neither.
-    """
-    padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    plain = mask_function in (causal_mask_function, bidirectional_mask_function) and kv_offset == 0
-    one = isinstance(q_offset, Tensor) and q_length == 1 and mask_function is causal_mask_function
-    if plain and one and padding is None:
-        return _filled_slots(q_offset, batch_size)
-    if plain and isinstance(q_offset, Tensor) and cannot_ask(q_offset):
-        if one and padding is not None:
-            rows = (torch.arange(kv_length, device=q_offset.device) <= q_offset).expand(batch_size, -1)
-            return rows & pad(padding, (0, kv_length - padding.shape[1]))
-    elif plain:
-        filled = int(q_offset) + q_length
-        plain = filled == kv_length or (filled < kv_length and mask_function is causal_mask_function)
-        padding = padding if padding is None else padding[:, :filled]
-        if padding is not None and padding.shape[1] == filled and bool(padding.all()):
-            padding = None
-            if one:
-                return _filled_slots(q_offset, batch_size)
-        if plain and padding is None:
-            device = options.get("device", "cpu")
-            return None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.uint8, device=device)
-        if plain and padding is not None and padding.shape[1] == filled and _in_one_piece(padding):
-            # Of one width in all steps: `generate` hands it to a compiled model, which has a graph for each width.
-            return pad(padding, (0, kv_length - filled)) if one else padding
-    if padding is not None and not bool(padding[:, 0].all()):
-        raise RuntimePolicyError(
-            "a batch padded on the left comes with a mask that is more than causality and padding",
-            why="a pattern counts from the first token of a prompt, which such a mask does not tell",
-            hint="pad on the right, run one prompt at a time, or use a dynamic cache",
-        )
-    options = {**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: Tensor = sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask, **options,
-    )  # fmt: skip
-    return pad(mask, (kv_offset, 0), value=False) if kv_offset else mask
-
-
-def _filled_slots(q_offset: Tensor, batch_size: int) -> Tensor:
-    """How many slots of a cache of fixed size are filled in a step of one token, int32 [B, 1, 1, 1].
-
-    Four dimensions, because transformers takes such a mask as it is where `generate` hands it to a compiled model.
-    """
-    return (q_offset + 1).to(torch.int32).reshape(1, 1, 1, 1).repeat(batch_size, 1, 1, 1)
-
-
-def _in_one_piece(padding: Tensor) -> bool:
-    """Whether the tokens of every sequence lie side by side."""
-    starts, ends = spans_of(padding)
-    return bool(((ends - starts) == padding.sum(1)).all())
-
-
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **options: Any,
@@ -139,79 +71,96 @@ def attention(
     Args:
         query: [B, H, Q, D].
         key: [B, G, T, D]; `value` alike.
-        attention_mask: from `attention_mask` above, or a prepared [B, 1, Q, T], bool or additive.
+        attention_mask: from `masks.attention_mask`, or a prepared [B, 1, Q, T], bool or additive, under which positions
+            count from the first key.
         options: what else transformers hands over; `position_ids`, [B, Q], tell several texts in one row.
     Returns:
         [B, Q, H, D], and None for the weights.
     Raises:
         RuntimePolicyError: if the pattern is for another model or shorter sequences, if pattern and module disagree on
-            causality, if dropout is asked for, or if the module adds to attention what a pattern would leave out.
+            causality or the module does not tell, if keys are not those of the queries' own tokens, if dropout is asked
+            for, or if the module adds to attention what a pattern would leave out.
     """
     number = policy_number(module.config)
     policy = policy_at(number)
     refuse_additions(options)
     causal = options.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
+    causal = getattr(module, "is_causal", None) if causal is None else causal
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int32:
         filled = _asked(policy, attention_mask, key)
         if filled is None:
-            _require_like(policy.pattern, causal, dropout)
+            _require_like(policy.pattern, module, causal, dropout)
             out = _fixed(policy, number, module, query, key, value, attention_mask, scaling)
             return out.transpose(1, 2).contiguous(), None
         key, value, attention_mask = key[:, :, :filled], value[:, :, :filled], None
     cache = key
-    key, value, attention_mask, gone = _held(key, value, attention_mask)
+    n_queries = query.shape[2]
+    key, value, attention_mask, places = _held(key, value, attention_mask, n_queries)
+    n_keys = key.shape[2]
     if not policy.covers(getattr(module, "layer_idx", None)):
-        mask = _dense_layer_mask(attention_mask, query, key, causal)
+        mask = _dense_layer_mask(attention_mask, query, n_keys, bool(causal))
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
     pattern = policy.pattern
-    _require_like(pattern, causal, dropout)
+    causal = _require_like(pattern, module, causal, dropout)
     _require_one_size(query, value)
-    n_queries, n_keys = query.shape[2], key.shape[2]
+    if not causal and n_queries != n_keys:
+        raise RuntimePolicyError(
+            f"a pattern meets {n_queries} queries and {n_keys} keys in `{type(module).__name__}`",
+            why="it goes by positions, and these are of two sequences",
+            hint="leave the layer out of `layers`, or run the model without a pattern",
+        )
     if is_scored(pattern) and n_queries > 1 and not torch.compiler.is_compiling():
         # Steps over a padded cache keep no summaries.
         fixed = n_keys < cache.shape[2] and attention_mask is None and not cannot_ask(query)
         prompt_seen(pattern, module, cache, fixed)
     if not cannot_ask(query):
-        # A compiled step sees all slots of its cache, not how many are filled.
-        wide = policy.length_tokens is not None and attention_mask is not None and attention_mask.dim() == 2
-        policy.require_length(int(spans_of(attention_mask)[1].max()) if wide else gone + n_keys)
+        policy.require_length(_length(policy, attention_mask, places, n_keys))
     _say_if_plain(query, key)
     if attention_mask is not None and not is_scored(pattern) and order_of(pattern, n_keys) is not None:
         raise RuntimePolicyError("a pattern on a grid does not go with padding or a mask", hint="run without either")
+    gone = places is not None and places.shape[2] > n_keys
     rows = False if gone else _step_mask(attention_mask, n_queries, n_keys, causal)
     if n_queries == 1 < n_keys and causal and rows is not False:
-        from_first = attention_mask is None or attention_mask.dim() == 2
-        out = step(pattern, module, query, key, value, rows, scaling, from_first=from_first)
+        there = rows
+        if rows is not None and attention_mask is not None and attention_mask.dim() == 4:
+            there = torch.ones_like(rows) if places is None else places[:, 0]
+        out = step(pattern, module, query, key, value, rows, scaling, there=there)
     elif attention_mask is None or (attention_mask.dim() == 2 and n_queries == n_keys):
         out = prompt(pattern, query, key, value, attention_mask, scaling, policy.fastest)
     else:
-        if n_queries == n_keys and not cannot_ask(query):
-            _require_one_text(pattern, options.get("position_ids"), attention_mask)
-        out = _masked(pattern, query, key, value, attention_mask, causal, scaling, gone)
+        if n_queries == n_keys and not gone and not cannot_ask(query):
+            _require_one_text(pattern, options.get("position_ids"), attention_mask, places)
+        out = _masked(pattern, query, key, value, attention_mask, places, causal, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _held(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Keys and values of the slots that are filled, what of the mask is for them, and the position of the first.
+def _length(policy: Policy, given: Tensor | None, places: Tensor | None, n_keys: int) -> int:
+    """Slots that are filled, as far as a mask says, else the number of keys; 0 where nobody has to know."""
+    if policy.length_tokens is None:
+        return 0
+    filled = given if given is not None and given.dim() == 2 else None if places is None else places[:, 1]
+    return n_keys if filled is None else int(spans_of(filled)[1].max())
 
-    That position is above 0 where a sliding cache no longer holds the tokens before it.
-    """
+
+def _held(
+    key: Tensor, value: Tensor, mask: Tensor | None, n_queries: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Keys and values of the slots that are filled, what of the mask is for them, and where tokens and queries are."""
     if mask is not None and mask.dim() == 2:
         filled = mask.shape[1]
-        return key[:, :, :filled], value[:, :, :filled], None if mask.dtype == torch.uint8 else mask, 0
-    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
-        gone = max(0, mask.shape[3] - key.shape[2])
-        return key, value, mask[..., gone:], gone
-    return key, value, mask, 0
+        return key[:, :, :filled], value[:, :, :filled], None if mask.dtype == torch.uint8 else mask, None
+    if mask is not None and mask.dim() == 4 and mask.shape[2] == n_queries + 2:
+        # A sliding cache no longer holds the first tokens.
+        return key, value, mask[:, :, :n_queries, mask.shape[3] - key.shape[2] :], mask[:, 0, n_queries:]
+    return key, value, mask, None
 
 
-def _dense_layer_mask(given: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+def _dense_layer_mask(given: Tensor | None, query: Tensor, n_keys: int, causal: bool) -> Tensor | None:
     """The mask of a layer that the pattern is not for, as torch's attention takes it."""
     # Torch's own causal mask starts at the first key, not where a prompt goes on over a cache.
-    goes_on = given is None and causal and 1 < query.shape[2] < key.shape[2]
+    goes_on = given is None and causal and 1 < query.shape[2] < n_keys
     if goes_on or (given is not None and given.dim() == 2):
-        return _dense(None, given, query.shape[2], key.shape[2], causal, query.device)
+        return dense_mask_of(None, given, None, query, n_keys, causal)
     return given
 
 
@@ -306,18 +255,22 @@ def prompt(
     return out
 
 
-def _require_one_text(pattern: Pattern | Scored, positions: Tensor | None, given: Tensor | None) -> None:
+def _require_one_text(
+    pattern: Pattern | Scored, positions: Tensor | None, given: Tensor | None, places: Tensor | None
+) -> None:
     """Refuses several texts in one row, each of which the pattern would have to count from its own start.
 
     Args:
         pattern: what counts.
         positions: as the model numbers the tokens, [B, Q].
         given: the model's mask, [B, 1, Q, Q]; a token that no query reads is padding.
+        places: bool [B, 2, Q], where tokens are that are no padding, if that is known.
     """
     if positions is None or positions.dim() != 2 or given is None or isinstance(pattern, Dense):
         return
-    read = (given if given.dtype == torch.bool else given >= 0)[:, 0].any(1)
-    if bool(((positions.diff(dim=1) <= 0) & read[:, 1:]).any()):
+    read = (given if given.dtype == torch.bool else given >= 0)[:, 0].any(1) if places is None else places[:, 0]
+    before = torch.where(read, positions, -1).cummax(1).values
+    if bool(((positions[:, 1:] <= before[:, :-1]) & read[:, 1:]).any()):
         raise RuntimePolicyError(
             "several texts lie in one row under a mask that is more than causality and padding",
             why="a pattern counts from the first token of a text, which such a mask does not tell",
@@ -326,12 +279,10 @@ def _require_one_text(pattern: Pattern | Scored, positions: Tensor | None, given
 
 
 def _masked(
-    pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, given: Tensor | None, causal: bool,
-    scaling: float | None, gone: int = 0,
+    pattern: Pattern | Scored, query: Tensor, key: Tensor, value: Tensor, given: Tensor | None, places: Tensor | None,
+    causal: bool, scaling: float | None,
 ) -> Tensor:  # fmt: skip
     """Scaled dot-product attention under the pattern and the mask that the model gave, as one dense mask.
-
-    The first key is that of position `gone`.
 
     Raises:
         RuntimePolicyError: for a pattern that scores, which such a mask leaves nothing to count from.
@@ -342,49 +293,30 @@ def _masked(
             why="it scores whole prompts and single steps",
             hint="run one prompt at a time, or choose a pattern that goes by position",
         )
-    mask = _dense(pattern, given, query.shape[2], key.shape[2], causal, query.device, gone)
+    mask = dense_mask_of(pattern, given, places, query, key.shape[2], causal)
     group = query.shape[1] // key.shape[1]
     return nn.functional.scaled_dot_product_attention(
         query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, scale=scaling
     )
 
 
-def _require_like(pattern: Pattern | Scored, causal: bool, dropout: float) -> None:
-    """Refuses a layer that differs from the pattern in causality, and dropout."""
+def _require_like(pattern: Pattern | Scored, module: nn.Module, causal: bool | None, dropout: float) -> bool:
+    """Whether the layer is causal; refuses one that does not tell or differs from the pattern, and dropout."""
+    if causal is None:
+        raise RuntimePolicyError(
+            f"`{type(module).__name__}` does not tell whether it is causal",
+            why="it has no `is_causal`, and a pattern on keys that it should not read would be wrong without a sign",
+            hint="leave the layer out of `layers`, or run the model without a pattern",
+        )
     if pattern.causal != causal:
         kinds = ("bidirectional", "causal")
         raise RuntimePolicyError(
             f"a {kinds[pattern.causal]} pattern on a {kinds[causal]} attention layer",
-            hint="set the pattern's `causal` option to what the model is, or choose a pattern that has one",
+            hint="set the pattern's `causal` option to what the model is, or choose a pattern that has one; of a model "
+            "of several parts attach it to one, such as `model.language_model`",
         )
     if dropout:
         raise RuntimePolicyError(
             f"`attention_dropout: {dropout}` does not go with a sparse pattern", hint="put the model in eval mode"
         )
-
-
-def _dense(
-    pattern: Pattern | None, given: Tensor | None, n_queries: int, n_keys: int, causal: bool, device: torch.device,
-    gone: int = 0,
-) -> Tensor:  # fmt: skip
-    """Mask [B or 1, 1, Q, T] of the pattern (None: every key) together with the one that the model gave.
-
-    Positions count from the first token of each sequence when padding is given as [B, T]. A query without any key,
-    which is one of padding, reads its own slot, so that its softmax stays finite.
-    """
-    k = torch.arange(n_keys, device=device)[None, None, :]
-    q = torch.arange(n_keys - n_queries, n_keys, device=device)[None, :, None]
-    if given is not None and given.dim() == 2:
-        start = spans_of(given)[0][:, None, None]
-        valid = given[:, None, :n_keys] & (q >= start)
-        seen = pattern.allows(q - start, k - start) & valid if pattern else ((k <= q) | (not causal)) & valid
-        return (seen | ((k == q) & ~seen.any(-1, keepdim=True)))[:, None]
-    if given is None:
-        return (pattern.allows(q, k) if pattern else (k <= q) | (not causal))[:, None]
-    given = given[..., :n_keys]
-    if causal:
-        # The last key that a causal mask shows is the query's own; slots past it may be a cache not yet filled.
-        shown = given if given.dtype == torch.bool else given >= 0
-        q = (n_keys - 1 - shown.flip(-1).int().argmax(-1, keepdim=True))[:, 0]
-    seen = (pattern.allows(gone + q, gone + k) if pattern else (k <= q) | (not causal))[:, None]
-    return given & seen if given.dtype == torch.bool else given.masked_fill(~seen, torch.finfo(given.dtype).min)
+    return causal

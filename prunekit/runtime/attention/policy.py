@@ -124,8 +124,14 @@ def refuse_additions(options: Mapping[str, Any]) -> None:
         options: what the model hands to its attention function, by name.
 
     Raises:
-        RuntimePolicyError: naming the first such addition.
+        RuntimePolicyError: naming the first such addition, or if attention weights are asked for.
     """
+    if options.get("output_attentions"):
+        raise RuntimePolicyError(
+            "a pattern gives no attention weights",
+            why="`output_attentions` asks for them, and no kernel writes them",
+            hint='take it out, or run the model with `attn_implementation="eager"`',
+        )
     for name, what in _ADDITIONS.items():
         if options.get(name) is not None:
             raise RuntimePolicyError(
