@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunekit_kernels.block_sparse_prefill.cases import LSE_ABSOLUTE as LSE_ABSOLUTE
+from prunekit_kernels.block_sparse_prefill.cases import RELATIVE as RELATIVE
+from prunekit_kernels.block_sparse_prefill.cases import relative_error as relative_error
 from prunekit_kernels.sparse_decode.lists import PageLists
-
-# Relative error of the output against float64: float32 sums of a few thousand terms; one rounding of the weights and
-# of the result to 8 or 11 bits. The log-sum-exp is float32 in every kernel.
-RELATIVE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-LSE_ABSOLUTE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 # What a case reads: everything; some pages of each head; the same pages for all heads of a sequence; one token a list;
 # lengths from nothing to everything.
@@ -153,9 +151,3 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor
     # Stored [B, Q, H, D] and transposed, as models hand them over.
     q = torch.randn(case.batch, case.queries, case.heads, case.dim, generator=generator).to(dtype)
     return q.to(device).transpose(1, 2), k, v, lists.to(device)
-
-
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; NaN stays NaN."""
-    off = (out.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
-    return float(off)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekit_kernels._device import LOG2E, capability, multiprocessors
+from prunekit_kernels._triton import dot, precision
 from prunekit_kernels.sparse_decode.chunks import Chunks, choose_chunks
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -106,10 +107,7 @@ def _chunks(
             load = inside[:, None] & d_mask[None, :] if BLOCK_D != DIM else inside[:, None]
             k = tl.load(k_at + k_row[:, None], mask=load, other=0.0)
             v = tl.load(v_at + v_row[:, None], mask=load, other=0.0)
-            if WIDEN:
-                s = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision=PRECISION)
-            else:
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = dot(q, tl.trans(k), None, WIDEN, PRECISION)
             s = tl.where(place[None, :] < end[:, None], s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
             # Of several queries, early ones may read nothing of the last chunk.
@@ -118,10 +116,7 @@ def _chunks(
             p = tl.exp2(s * scale_log2 - safe[:, None])
             l = l * alpha[:, None] + p
             acc = acc * alpha[:, None]
-            if WIDEN:
-                acc = tl.dot(p.to(v.dtype).to(tl.float32), v.to(tl.float32), acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = dot(p.to(v.dtype), v, acc, WIDEN, PRECISION)
             m = m_new
         total = tl.sum(l, 1)
         safe_total = tl.where(total == 0.0, 1.0, total)
@@ -217,10 +212,7 @@ def launch(
         chunks.tokens, chunks.n, heads // kv_heads, scale * LOG2E,
         QUERIES=queries, ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, BLOCK_D=block_d, PAGE=page_tokens,
         TILE=tile.keys, ALIKE=k.stride() == v.stride(), WHOLE=whole, EARLY=tile.early and not whole,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        # Triton's interpreter multiplies the bit patterns of bfloat16.
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **precision(q), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not whole:
         _join[(batch * kv_heads, rows)](
