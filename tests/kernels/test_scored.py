@@ -1,5 +1,6 @@
 """Patterns that choose by score: what they list, and what a step over a cache reads."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime import attach
 from prunekit.runtime.attention.decode import step
+from prunekit.runtime.attention.kept import prompt_seen
 from prunekit.runtime.attention.patterns.antidiagonal import Antidiagonal
 from prunekit.runtime.attention.patterns.block_topk import BlockTopk
 from prunekit.runtime.attention.patterns.power import Power
@@ -194,6 +196,22 @@ def test_threads_that_write_with_one_model_keep_their_own_summaries(model, ids):
         expected = [written(row) for row in range(2)]
         with ThreadPoolExecutor(2) as pool:
             assert list(pool.map(written, range(2))) == expected
+
+
+def test_threads_that_make_and_drop_caches_of_fixed_size_do_not_meet():
+    layer, pattern, rounds = torch.nn.Module(), Quest(4, 24), 500
+
+    def prompts(_):
+        for _ in range(rounds):
+            prompt_seen(pattern, layer, torch.zeros(1, 1, 64, 8), True)
+
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(prompts, range(4)))
+    finally:
+        sys.setswitchinterval(often)
 
 
 def test_beams_that_change_places_read_their_own_pages(model, ids):

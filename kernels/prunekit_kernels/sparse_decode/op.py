@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prunekit_kernels._cpu import has_flash
 from prunekit_kernels._device import HALF, capability, multiprocessors, no_head_size, no_kernels
 from prunekit_kernels.sparse_decode import cpu
 from prunekit_kernels.sparse_decode.chunks import Chunks, cluster_chunks
@@ -60,8 +61,10 @@ def _decode(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, starts: Tensor, tokens: Tensor,
     page_tokens: int, paged: bool, longest: int, total: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if int(tokens.max()) > longest:
+    if bool((tokens > longest).any()):
         raise ValueError(f"a list of {int(tokens.max())} tokens is longer than `longest`, which is {longest}")
+    if not has_flash():
+        return decode_reference(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
     return cpu.decode(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
 
 

@@ -51,7 +51,7 @@ def forget(model: nn.Module) -> None:
     for layer in layers:
         _GROWING.pop(layer, None)
     _drop_those_without_cache()
-    for fixed in _FIXED.values():
+    for _, fixed in _fixed():
         if fixed.layer() in layers:
             fixed.pages.covered.zero_()
 
@@ -61,8 +61,9 @@ def prompt_seen(pattern: Scored, layer: nn.Module, cache: Tensor, fixed: bool) -
     _growing(layer).pop(threading.current_thread(), None)
     if fixed:
         find_room(pattern, layer, cache)
-    for place, kept in _FIXED.items():
-        if place[:-1] == _place(cache):
+    here = _place(cache)
+    for place, kept in _fixed():
+        if place[:-1] == here:
             kept.pages.covered.zero_()
 
 
@@ -137,8 +138,14 @@ def _place(cache: Tensor) -> tuple[object, ...]:
 
 
 def _drop_those_without_cache() -> None:
-    for place in [place for place, kept in _FIXED.items() if kept.storage.expired()]:
-        del _FIXED[place]
+    for place, kept in _fixed():
+        if kept.storage.expired():
+            _FIXED.pop(place, None)
+
+
+def _fixed() -> list[tuple[tuple[object, ...], _Fixed]]:
+    """What `_FIXED` holds now; other threads may write to it while one walks through it."""
+    return list(_FIXED.items())
 
 
 def _is_mean(pattern: Scored, cache: Tensor) -> bool:
