@@ -206,3 +206,9 @@ def test_a_step_of_no_sequence_is_no_error():
     out, lse = sparse_decode(draw(1, 0, 4, 1, 16), draw(2, 0, 2, 10, 16), draw(3, 0, 2, 10, 16), lists)
     assert out.shape == (0, 4, 1, 16)
     assert lse.shape == (0, 4, 1)
+
+
+@pytest.mark.parametrize("name", ["block_sparse_prefill", "sparse_decode"])
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "MPS", "XPU"])
+def test_every_device_runs_something(name, device):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"prunekit::{name}", device)

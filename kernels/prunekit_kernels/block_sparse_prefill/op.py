@@ -1,4 +1,4 @@
-"""Block-sparse prefill as a torch operation: gathered blocks on a CPU, the kernels on a GPU."""
+"""Block-sparse prefill as a torch operation: gathered blocks on a CPU, kernels on CUDA, the reference elsewhere."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def hopper_takes(
     )
 
 
-@torch.library.custom_op("prunekit::block_sparse_prefill", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("prunekit::block_sparse_prefill", mutates_args=())
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
     biases: Tensor | None = None, gates: Tensor | None = None, free: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not has_flash():
+    if q.device.type != "cpu" or not has_flash():
         return prefill_reference(
             q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal,
             scale, biases, gates, free,
