@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
+
+# What `scaled_dot_product_attention` calls on a CPU. It is private; no public operation returns the log-sum-exp.
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+_ARGUMENTS = ["query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"]
+
+
+@functools.cache
+def has_flash() -> bool:
+    """Whether this torch has the operation with the arguments it has in torch 2.13 and 2.14; says once if not."""
+    found = getattr(torch.ops.aten, FLASH, None)
+    known = found is not None and [a.name for a in found.default._schema.arguments] == _ARGUMENTS
+    if not known:
+        why = f"torch {torch.__version__} has no `{FLASH}` as known"
+        warnings.warn(f"sparse attention on a CPU runs as slow as its references: {why}", stacklevel=2)
+    return known
 
 
 def flash(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention by the operation that `scaled_dot_product_attention` calls on a CPU.
-
-    It is called directly because no public operation returns the log-sum-exp. It is private, with the same arguments in
-    torch 2.13 and 2.14; a version that changes it fails the contract tests.
+    """Attention by the operation that `has_flash` is about.
 
     Args:
         q: [B, H, S, D], float32 or float64.
@@ -25,8 +40,7 @@ def flash(
         minus infinity.
     """
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = run(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    out, lse = getattr(torch.ops.aten, FLASH)(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:
         # The operation says zero there.
         lse = lse.masked_fill(mask.amax(-1) == float("-inf"), float("-inf"))

@@ -75,6 +75,32 @@ def varlen(dtype, per_head, causal):
     return [*errors(got, [t.detach() for t in expected]), *off]
 
 
+def far():
+    """Errors as of `varlen` where keys and values lie more than 2 ** 31 elements behind the first, mostly unwritten."""
+    case = cases.Case(1, 2, 1, 64, 64, 64, block_q=32, block_k=32)
+    inputs, stride, first = cases.make(case, torch.float16, "cpu", seed=1), 2**15, 2**16
+    lists, at, n = inputs[3], slice(first, first + 64), first + 64
+    q = torch.zeros(1, 2, n, 64, dtype=torch.float16)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory = torch.empty(n * stride, dtype=torch.float16)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    # Neighbours of 64 channels in rows as of many heads.
+    k, v = (memory[64 * i :].as_strided((1, 1, n, 64), (64, 64, stride, 1)) for i in range(2))
+    for whole, part in zip((q, k, v), inputs[:3], strict=True):
+        whole[:, :, at] = part
+    starts, ends = torch.tensor([first], dtype=torch.int32), torch.tensor([n], dtype=torch.int32)
+    got = run(q, k, v, lists, starts, ends)
+    exact = [t.double().requires_grad_() for t in inputs[:3]]
+    expected = block_sparse_prefill(*exact, lists)
+    grad = torch.zeros_like(q)
+    grad[:, :, at] = 1
+    how = (*lists.tensors, starts, ends, None, *lists.numbers, 64**-0.5)
+    found = backward.launch(grad, torch.zeros_like(got[1]), q, k, v, *got, *how)
+    right = torch.autograd.grad(expected[0].sum(), exact)
+    off = [cases.relative_error(a[:, :, at], b) for a, b in zip(found, right, strict=True)]
+    return [*errors([t[:, :, at] for t in got], [t.detach() for t in expected]), *off]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -89,4 +115,4 @@ if __name__ == "__main__":
         "wide": {f"{n}-{t}": wide(case, t) for n, case in enumerate(prefill.WIDE) for t in types},
         "varlen": {f"{t}-{p}-{c}": varlen(t, p, c) for t in types for p in (False, True) for c in (False, True)},
     }
-    print(json.dumps({"cases": found, "keyless": keyless(), **more}))
+    print(json.dumps({"cases": found, "keyless": keyless(), "far": far(), **more}))

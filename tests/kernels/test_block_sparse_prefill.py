@@ -186,6 +186,12 @@ def test_interpreted_varlen(interpreted, causal, per_head, dtype):
     assert max(dq, dk, dv) <= GRADIENT[dtype]
 
 
+def test_interpreted_keys_more_than_31_bits_away(interpreted):
+    *forward, dq, dk, dv = interpreted["far"]
+    expect_close(forward, torch.float16)
+    assert max(dq, dk, dv) <= GRADIENT[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("number", range(len(prefill.WIDE)))
 def test_interpreted_heads_of_256(interpreted, number, dtype):

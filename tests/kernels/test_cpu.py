@@ -13,6 +13,7 @@ from prunekit.runtime.attention.patterns.dilated import Dilated
 from prunekit.runtime.attention.patterns.power import Power
 from prunekit.runtime.attention.patterns.sink_window import SinkWindow
 from prunekit.runtime.attention.patterns.streaming import Streaming
+from prunekit_kernels import _cpu
 from prunekit_kernels.block_sparse_prefill import block_sparse_prefill, cases, cpu
 from prunekit_kernels.block_sparse_prefill.reference import reference
 from prunekit_kernels.sparse_decode import PageLists, sparse_decode
@@ -171,3 +172,43 @@ def test_decode_reads_pages_in_a_row_in_place(queries):
     got = sparse_decode(q, k, v, lists)
     arguments = (lists.indices, lists.starts, lists.tokens, lists.page_tokens, lists.paged, 32**-0.5)
     expect_same(got, decode_reference(*(t.double() for t in (q, k, v)), *arguments))
+
+
+@pytest.mark.parametrize("name", ["no_such_attention", "_scaled_dot_product_attention_math"])
+def test_a_torch_without_the_operation_as_known_runs_the_references(monkeypatch, name):
+    q, k, v = draw(1, 1, 4, 96, 32), draw(2, 1, 2, 96, 32), draw(3, 1, 2, 96, 32)
+    blocks = block_lists(Power(16, 2), 96, 96, block_q=32, block_k=32)
+    pages = PageLists.whole(torch.tensor([[90, 70]]), 96)
+    expected = [*block_sparse_prefill(q, k, v, blocks), *sparse_decode(q[:, :, :2], k, v, pages)]
+    monkeypatch.setattr(_cpu, "FLASH", name)
+    monkeypatch.setattr(_cpu, "flash", None)
+    _cpu.has_flash.cache_clear()
+    with pytest.warns(UserWarning, match=f"has no `{name}` as known") as said:
+        got = [*block_sparse_prefill(q, k, v, blocks), *sparse_decode(q[:, :, :2], k, v, pages)]
+    _cpu.has_flash.cache_clear()
+    assert len(said) == 1
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("pattern", [Dense(), Power(16, 2)], ids=str)
+def test_sequences_without_tokens_read_nothing_and_are_no_error(pattern):
+    lists = block_lists(pattern, 96, 96, block_q=32, block_k=32)
+    starts, ends = (torch.tensor(t, dtype=torch.int32) for t in ([0, 10, 10, 50], [10, 10, 50, 50]))
+    q, k, v = draw(1, 1, 4, 96, 32), draw(2, 1, 2, 96, 32), draw(3, 1, 2, 96, 32)
+    _, lse = compared(torch.float32, q, k, v, lists, starts, ends)
+    assert lse[:, :, :50].isfinite().all()
+    assert (lse[:, :, 50:] == -INF).all()
+
+
+def test_a_step_of_no_sequence_is_no_error():
+    lists = PageLists.whole(torch.zeros(0, 2, dtype=torch.int32), 10)
+    out, lse = sparse_decode(draw(1, 0, 4, 1, 16), draw(2, 0, 2, 10, 16), draw(3, 0, 2, 10, 16), lists)
+    assert out.shape == (0, 4, 1, 16)
+    assert lse.shape == (0, 4, 1)
+
+
+@pytest.mark.parametrize("name", ["block_sparse_prefill", "sparse_decode"])
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "MPS", "XPU"])
+def test_every_device_runs_something(name, device):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"prunekit::{name}", device)

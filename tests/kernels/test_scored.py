@@ -1,5 +1,11 @@
 """Patterns that choose by score: what they list, and what a step over a cache reads."""
 
+import _thread
+import gc
+import sys
+import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,7 +14,9 @@ from transformers import DynamicCache, StaticCache
 
 from prunekit.core.errors import RuntimePolicyError, UsageError
 from prunekit.runtime import attach
+from prunekit.runtime.attention import kept
 from prunekit.runtime.attention.decode import step
+from prunekit.runtime.attention.kept import growing_summaries, prompt_seen
 from prunekit.runtime.attention.patterns.antidiagonal import Antidiagonal
 from prunekit.runtime.attention.patterns.block_topk import BlockTopk
 from prunekit.runtime.attention.patterns.power import Power
@@ -194,6 +202,51 @@ def test_threads_that_write_with_one_model_keep_their_own_summaries(model, ids):
         expected = [written(row) for row in range(2)]
         with ThreadPoolExecutor(2) as pool:
             assert list(pool.map(written, range(2))) == expected
+
+
+def test_summaries_go_with_their_thread_their_layer_and_their_cache():
+    layer, pattern, made = torch.nn.Module(), Quest(4, 24), []
+
+    def step_of(layer, n):
+        growing_summaries(pattern, layer, draw(2, 200, n))
+        made.append(weakref.ref(kept._growing(layer).made[1].newest))
+
+    # A thread that `threading` does not know, as those of C++ are.
+    done, alone = threading.Event(), [layer, 1]
+    _thread.start_new_thread(lambda: (step_of(*alone), done.set()), ())
+    assert done.wait(20)
+    alone.clear()
+    ended = time.monotonic() + 20
+    while made[0]() is not None and time.monotonic() < ended:
+        time.sleep(0.01)
+    step_of(layer, 2)
+    assert [place() is None for place in made] == [True, False]
+    cache = draw(2, 200, 3)
+    kept.find_room(pattern, layer, cache)
+    (room,) = [fixed for place, fixed in kept._FIXED.items() if place[:-1] == kept._place(cache)]
+    made.append(weakref.ref(room.pages.newest))
+    del cache, room
+    prompt_seen(pattern, torch.nn.Module(), draw(2, 60, 4), False)
+    assert made[2]() is None
+    del layer
+    gc.collect()
+    assert made[1]() is None
+
+
+def test_threads_that_make_and_drop_caches_of_fixed_size_do_not_meet():
+    layer, pattern, rounds = torch.nn.Module(), Quest(4, 24), 500
+
+    def prompts(_):
+        for _ in range(rounds):
+            prompt_seen(pattern, layer, torch.zeros(1, 1, 64, 8), True)
+
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(prompts, range(4)))
+    finally:
+        sys.setswitchinterval(often)
 
 
 def test_beams_that_change_places_read_their_own_pages(model, ids):

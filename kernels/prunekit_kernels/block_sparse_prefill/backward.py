@@ -126,8 +126,9 @@ def _queries(
         delta -= tl.load(grad_lse + flat, mask=at_q < n_rows, other=0.0)
         tl.store(delta_ptr + flat, delta, mask=at_q < n_rows)
         kv = (head // GROUP).to(tl.int64)
-        k_at = k_ptr + batch.to(tl.int64) * stride_kb + kv * stride_kh + start * stride_kt + at_d[None, :]
-        v_at = v_ptr + batch.to(tl.int64) * stride_vb + kv * stride_vh + start * stride_vt + at_d[None, :]
+        first_slot = tl.cast(start, tl.int64)
+        k_at = k_ptr + batch.to(tl.int64) * stride_kb + kv * stride_kh + first_slot * stride_kt + at_d[None, :]
+        v_at = v_ptr + batch.to(tl.int64) * stride_vb + kv * stride_vh + first_slot * stride_vt + at_d[None, :]
         line = head * stride_list + row
         count = tl.load(counts + line) * SPLIT
         partial = tl.load(partials + line) * SPLIT

@@ -1,4 +1,4 @@
-"""Block-sparse prefill as a torch operation: gathered blocks on a CPU, the kernels on a GPU."""
+"""Block-sparse prefill as a torch operation: gathered blocks on a CPU, kernels on CUDA, the reference elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit_kernels._cpu import has_flash
 from prunekit_kernels._device import HALF, capability, copyable, no_head_size, no_kernels
 from prunekit_kernels.block_sparse_prefill import cpu
 from prunekit_kernels.block_sparse_prefill.lists import BlockLists
@@ -50,13 +51,18 @@ def hopper_takes(
     )
 
 
-@torch.library.custom_op("prunekit::block_sparse_prefill", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("prunekit::block_sparse_prefill", mutates_args=())
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, partials: Tensor, indices: Tensor,
     mask_ids: Tensor | None, masks: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     block_q: int, block_k: int, q_offset: int, causal: bool, full_rows: bool, scale: float,
     biases: Tensor | None = None, gates: Tensor | None = None, free: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.device.type != "cpu" or not has_flash():
+        return prefill_reference(
+            q, k, v, counts, partials, indices, mask_ids, masks, starts, ends, block_q, block_k, q_offset, causal,
+            scale, biases, gates, free,
+        )  # fmt: skip
     lists = BlockLists(
         counts, partials, indices, mask_ids, masks, block_q, block_k, q.shape[2], k.shape[2], q_offset, causal,
         pairs=0, shortest=int(full_rows), biases=biases,

@@ -129,8 +129,11 @@ def _prefill(
         q_at = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         q = tl.load(q_at + (start + at_q).to(tl.int64)[:, None] * stride_qs + at_d[None, :], mask=q_mask, other=0.0)
         kv = head // GROUP
-        k_at = k_ptr + batch.to(tl.int64) * stride_kb + kv.to(tl.int64) * stride_kh + start * stride_kt + at_d[None, :]
-        v_at = v_ptr + batch.to(tl.int64) * stride_vb + kv.to(tl.int64) * stride_vh + start * stride_vt + at_d[None, :]
+        first_slot = tl.cast(start, tl.int64)
+        k_at = k_ptr + batch.to(tl.int64) * stride_kb + kv.to(tl.int64) * stride_kh + at_d[None, :]
+        v_at = v_ptr + batch.to(tl.int64) * stride_vb + kv.to(tl.int64) * stride_vh + at_d[None, :]
+        k_at += first_slot * stride_kt
+        v_at += first_slot * stride_vt
         gate_at = gates + batch.to(tl.int64) * stride_gb + kv.to(tl.int64) * n_keys + start
         line = head * stride_list + row
         count = tl.load(counts + line) * SPLIT

@@ -35,7 +35,7 @@ def masked_attention(
     group = q.shape[0] // k.shape[0]
     wide_k = k.to(kind).repeat_interleave(group, 0)
     wide_v = v.to(kind).repeat_interleave(group, 0)
-    outs, sums = [], []
+    out, sums = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for first in range(0, q.shape[1], CHUNK_QUERIES):
         rows = slice(first, first + CHUNK_QUERIES)
         scores = (q[:, rows].to(kind) @ wide_k.transpose(1, 2)) * scale
@@ -44,9 +44,8 @@ def masked_attention(
         scores = scores.masked_fill(~mask[:, rows], float("-inf"))
         lse = scores.logsumexp(-1)
         weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
-        outs.append((weights @ wide_v).to(q.dtype))
-        sums.append(lse.float())
-    return torch.cat(outs, 1), torch.cat(sums, 1)
+        out[:, rows], sums[:, rows] = (weights @ wide_v).to(q.dtype), lse.float()
+    return out, sums
 
 
 def masked_gradients(

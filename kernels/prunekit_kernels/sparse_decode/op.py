@@ -1,10 +1,11 @@
-"""Sparse decode as a torch operation: gathered tokens on a CPU, the kernels on a GPU."""
+"""Sparse decode as a torch operation: gathered tokens on a CPU, kernels on CUDA, the reference elsewhere."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from prunekit_kernels._cpu import has_flash
 from prunekit_kernels._device import HALF, capability, multiprocessors, no_head_size, no_kernels
 from prunekit_kernels.sparse_decode import cpu
 from prunekit_kernels.sparse_decode.chunks import Chunks, cluster_chunks
@@ -55,13 +56,15 @@ def hopper_chunks(
     return cluster_chunks(batch * kv_heads, longest, HOPPER_STEP, multiprocessors(device)) if taken else None
 
 
-@torch.library.custom_op("prunekit::sparse_decode", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("prunekit::sparse_decode", mutates_args=())
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, starts: Tensor, tokens: Tensor,
     page_tokens: int, paged: bool, longest: int, total: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if int(tokens.max()) > longest:
+    if q.device.type == "cpu" and bool((tokens > longest).any()):
         raise ValueError(f"a list of {int(tokens.max())} tokens is longer than `longest`, which is {longest}")
+    if q.device.type != "cpu" or not has_flash():
+        return decode_reference(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
     return cpu.decode(q, k, v, indices, starts, tokens, page_tokens, paged, scale)
 
 

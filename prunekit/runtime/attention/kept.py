@@ -1,9 +1,9 @@
 """Page summaries that are kept from step to step, so that a step makes only those of its newest page.
 
 A dynamic cache is another tensor after each step, so its summaries are kept by layer and thread. A cache of fixed size
-stays where it is; its summaries are kept by its storage and live as long as it does, because a captured graph writes to
-them. In both cases the device decides whether they still hold (`renew_pages`); no prompt that runs through the pattern
-is trusted to have left them as they were.
+stays where it is; its summaries are kept by its storage, because a captured graph writes to them, until the first
+prompt or `forget` after it is gone. In both cases the device decides whether they still hold (`renew_pages`); no prompt
+that runs through the pattern is trusted to have left them as they were.
 
 Shapes: B batch, H query heads, G key-value heads, T keys, D head size, P pages.
 """
@@ -34,9 +34,13 @@ class _Fixed:
     pages: KeptPages
 
 
-_Growing = weakref.WeakKeyDictionary[threading.Thread, tuple[Scored, KeptPages]]
-# By layer and thread, and gone with either: threads may write with one model at a time. The alternative is an attribute
-# on a module that is not ours.
+class _Growing(threading.local):
+    """Summaries of a layer's dynamic cache, of each thread its own: threads may write with one model at a time."""
+
+    made: tuple[Scored, KeptPages] | None = None
+
+
+# Gone with the layer. The alternative is an attribute on a module that is not ours.
 _GROWING: weakref.WeakKeyDictionary[nn.Module, _Growing] = weakref.WeakKeyDictionary()
 # By place of the cache in memory, and pattern. The weak reference in each keeps that address from another cache.
 _FIXED: dict[tuple[object, ...], _Fixed] = {}
@@ -51,18 +55,20 @@ def forget(model: nn.Module) -> None:
     for layer in layers:
         _GROWING.pop(layer, None)
     _drop_those_without_cache()
-    for fixed in _FIXED.values():
+    for _, fixed in _fixed():
         if fixed.layer() in layers:
             fixed.pages.covered.zero_()
 
 
 def prompt_seen(pattern: Scored, layer: nn.Module, cache: Tensor, fixed: bool) -> None:
     """Lets the next step make all summaries anew; of a cache of fixed size [B, G, T, D] also finds room for them."""
-    _growing(layer).pop(threading.current_thread(), None)
+    _growing(layer).made = None
+    _drop_those_without_cache()
     if fixed:
         find_room(pattern, layer, cache)
-    for place, kept in _FIXED.items():
-        if place[:-1] == _place(cache):
+    here = _place(cache)
+    for place, kept in _fixed():
+        if place[:-1] == here:
             kept.pages.covered.zero_()
 
 
@@ -86,19 +92,19 @@ def growing_summaries(pattern: Scored, layer: nn.Module, key: Tensor) -> tuple[T
     if not can_renew(key, size):
         return pattern.summaries(key)
     n_pages = -(-key.shape[2] // size)
-    growing, thread = _growing(layer), threading.current_thread()
-    known, kept = growing.get(thread, (None, None))
+    growing = _growing(layer)
+    known, kept = growing.made or (None, None)
     with torch.inference_mode(False):
         if known != pattern or kept is None or not kept.fits(key):
             kept = KeptPages.room(key, size, 0, _is_mean(pattern, key))
         kept = kept.grown(n_pages)
     renew_pages(key.detach(), _count(key.shape[2], len(key), str(key.device)), kept)
-    growing[thread] = (pattern, kept)
+    growing.made = (pattern, kept)
     return tuple(t[:, :, :n_pages] for t in kept.summaries)
 
 
 def _growing(layer: nn.Module) -> _Growing:
-    return _GROWING.setdefault(layer, weakref.WeakKeyDictionary())
+    return _GROWING.setdefault(layer, _Growing())
 
 
 # What it keeps is no output, and nothing else reads it: to a compiler this is a function of its arguments.
@@ -137,8 +143,14 @@ def _place(cache: Tensor) -> tuple[object, ...]:
 
 
 def _drop_those_without_cache() -> None:
-    for place in [place for place, kept in _FIXED.items() if kept.storage.expired()]:
-        del _FIXED[place]
+    for place, kept in _fixed():
+        if kept.storage.expired():
+            _FIXED.pop(place, None)
+
+
+def _fixed() -> list[tuple[tuple[object, ...], _Fixed]]:
+    """What `_FIXED` holds now; other threads may write to it while one walks through it."""
+    return list(_FIXED.items())
 
 
 def _is_mean(pattern: Scored, cache: Tensor) -> bool:
