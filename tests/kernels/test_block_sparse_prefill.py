@@ -210,6 +210,20 @@ def test_kernel_on_a_gpu_equals_float64(poison, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("spans", [False, True])
+def test_sums_on_a_gpu_are_float32_whatever_the_default_is(spans):
+    q, k, v, lists, starts, ends = cases.make(
+        cases.Case(2, 4, 2, 256, 256, 128, spans=spans), torch.bfloat16, "cuda", seed=1
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert block_sparse_prefill(q, k, v, lists, starts=starts, ends=ends)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("case", "free"), prefill.LARGE_GATED, ids=str)
 def test_gates_on_a_gpu(poison, case, free):
     q, k, v, lists, starts, ends = cases.make(case, torch.bfloat16, "cuda", seed=1)

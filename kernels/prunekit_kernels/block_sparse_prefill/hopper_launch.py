@@ -10,17 +10,16 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from prunekit_kernels._device import LOG2E
+from prunekit_kernels._device import LOG2E, multiprocessors
 from prunekit_kernels.block_sparse_prefill.hopper import block_sparse_prefill_hopper
 
 STAGES = 2
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, int]:
-    """Multiprocessors, and bytes of the L2 cache."""
-    about = torch.cuda.get_device_properties(index)
-    return about.multi_processor_count, about.L2_cache_size
+def _cache_bytes(index: int) -> int:
+    """Bytes of the L2 cache."""
+    return torch.cuda.get_device_properties(index).L2_cache_size
 
 
 def _descriptor(tensor: Tensor, rows: int, layout: gl.NVMMASharedLayout) -> TensorDescriptor:
@@ -45,16 +44,17 @@ def launch(
     spans = starts is not None and ends is not None
     # Rows outside a sequence are written by nobody, so they start as what they shall be.
     out = torch.zeros_like(q) if spans else torch.empty_like(q)
-    shape = (batch, heads, n_queries)
-    lse = torch.full(shape, float("-inf"), device=q.device) if spans else torch.empty(shape, device=q.device)
+    lse = q.new_empty((batch, heads, n_queries), dtype=torch.float32)
+    if spans:
+        lse.fill_(float("-inf"))
     sequences = len(starts) if spans else batch
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     n_tiles = rows * heads * sequences
-    processors, cache = _device(q.device.index or 0)
+    device = q.device.index or 0
     if rows_first is None:
-        rows_first = k.nbytes + v.nbytes < cache
+        rows_first = k.nbytes + v.nbytes < _cache_bytes(device)
     nothing = counts
-    block_sparse_prefill_hopper[(min(n_tiles, processors),)](
+    block_sparse_prefill_hopper[(min(n_tiles, multiprocessors(device)),)](
         _descriptor(q, 64, layout), _descriptor(k, 128, layout), _descriptor(v, 128, layout),
         _descriptor(out, 64, layout), out, lse, counts, partials, indices, nothing if mask_ids is None else mask_ids,
         nothing if masks is None else masks, starts if spans else nothing, ends if spans else nothing,
