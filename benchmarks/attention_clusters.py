@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from attention_decode import Shape, choose
-from attention_device import Device, facts
+from attention_device import Device, facts, in_turns
 from torch import Tensor
 
 from prunekit_kernels.sparse_decode import PageLists, cases, hopper_launch, portable
@@ -89,14 +89,9 @@ def main() -> int:
                     print(f"{shape} {tokens} {name} is wrong: {text}", flush=True)
                     del runs[name]
                     bad += 1
-            best: dict[str, float] = {}
-            for name in [*runs, *reversed(runs)]:
-                median, low, high, *_ = device.measure(runs[name])
-                best[name] = min(best.get(name, median), median)
-                rows.append(
-                    {"what": name, "batch": batch, "heads": heads, "kv_heads": kv_heads, "tokens": tokens,
-                     "median_us": median, "p20_us": low, "p80_us": high}
-                )  # fmt: skip
+            best = in_turns(runs, lambda name, runs=runs: device.measure(runs[name])[0])
+            about = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "tokens": tokens}
+            rows += [{"what": name, **about, "median_us": us} for name, us in best.items()]
             figures = "; ".join(f"{name} {us:.1f}" for name, us in best.items())
             print(f"{batch} sequences, {heads} / {kv_heads} heads, {tokens} tokens: {figures}", flush=True)
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from attention_device import facts
+from attention_device import facts, in_turns
 from attention_ours import hopper_with
 from torch import Tensor
 
@@ -81,6 +81,10 @@ class Inputs:
         scale = q.shape[-1] ** -0.5
         return portable.launch(q, k, v, *lists.tensors, *spans, *lists.numbers, scale, tile, gates=self.gates)
 
+    def timed(self, tile: Tile | None) -> float:
+        """Median milliseconds of one way."""
+        return triton.testing.do_bench(lambda: self.run(tile), warmup=20, rep=80, return_mode="median")
+
 
 def compiled_ahead(jobs: int = 12) -> None:
     """Compiles all kernels side by side into Triton's cache, in processes of their own."""
@@ -125,12 +129,7 @@ def main() -> int:
             else:
                 print(f"{case[0]}: {tile} is off by {error:.1e}", flush=True)
                 bad += 1
-        best: dict[Tile | None, float] = {}
-        for tile in [*fits, *reversed(fits)]:
-            median = triton.testing.do_bench(
-                lambda tile=tile: inputs.run(tile), warmup=20, rep=80, return_mode="median"
-            )
-            best[tile] = min(best.get(tile, median), median)
+        best = in_turns(fits, inputs.timed)
         for tile, ms in best.items():
             about = asdict(tile) if tile else {"kernel": "hopper"}
             rows.append({"what": case[0], **about, "median_ms": ms, "times_first": best[TILES[0]] / ms})

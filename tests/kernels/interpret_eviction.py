@@ -13,6 +13,7 @@ from prunekit_kernels.cache_compact.reference import compact_reference
 from prunekit_kernels.column_stats import portable as stats
 from prunekit_kernels.sparse_decode import cases as decode
 from tests.kernels import eviction
+from tests.kernels.interpreter import on_one_thread_and_poisoned
 
 
 def counted(shape, dtype):
@@ -35,8 +36,7 @@ def compacted(case, dtype, page):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    on_one_thread_and_poisoned()
     types = (torch.float32, torch.bfloat16)
     print(
         json.dumps(

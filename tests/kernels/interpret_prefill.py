@@ -11,6 +11,7 @@ from prunekit_kernels.block_sparse_prefill import backward, block_sparse_prefill
 from prunekit_kernels.block_sparse_prefill.reference import backward_reference, reference
 from tests.kernels import prefill
 from tests.kernels.compare import errors
+from tests.kernels.interpreter import on_one_thread_and_poisoned
 
 
 def run(q, k, v, lists, starts=None, ends=None, keys=32, **gates):
@@ -102,8 +103,7 @@ def far():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    on_one_thread_and_poisoned()
     found = {
         f"{case.name}-{dtype}": [off(case, dtype, keys) for keys in sorted({32, case.block_k})]
         for case in cases.SMALL

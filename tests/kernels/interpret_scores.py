@@ -24,6 +24,7 @@ from prunekit_kernels.page_summaries.reference import (
     renew_reference,
 )
 from prunekit_kernels.permute import portable as permute
+from tests.kernels.interpreter import on_one_thread_and_poisoned
 
 # Batch, heads, key-value heads, queries, keys, head size, stride, step, blocks, causal.
 FOLDED = (
@@ -157,8 +158,7 @@ def merged(dtype):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    on_one_thread_and_poisoned()
     types = (torch.float32, torch.bfloat16)
     print(
         json.dumps(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,3 +32,9 @@ def under_interpreter(script: Path, seconds: float = 300) -> Any:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+def on_one_thread_and_poisoned() -> None:
+    """For such a script: its processes share cores, and memory that nobody wrote holds NaN."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)

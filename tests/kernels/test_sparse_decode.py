@@ -17,7 +17,7 @@ from prunekit_kernels.sparse_decode.chunks import Chunks, choose_chunks, cluster
 from prunekit_kernels.sparse_decode.op import hopper_chunks
 from prunekit_kernels.sparse_decode.reference import decode_reference
 from tests.kernels.compare import errors, expect_close
-from tests.kernels.interpreter import under_interpreter
+from tests.kernels.interpreter import on_one_thread_and_poisoned, under_interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Interpreted: each small case in each type, and shapes drawn from seeds; the seed is in the test's name.
@@ -289,6 +289,5 @@ def interpret(case, dtype, seed):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    on_one_thread_and_poisoned()
     print(json.dumps({name: interpret(*run) for name, run in RUNS.items()}))
