@@ -19,104 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-
-@gluon.jit
-def _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST: gl.constexpr):
-    """Row of blocks, batch, query head and key-value head of tile `t`, the longest rows first.
-
-    Either all rows of one key-value head before the next head, or all heads of one row before the next row.
-    """
-    if ROWS_FIRST:
-        per_row = n_tiles // n_rows
-        row = t // per_row
-        rest = t % per_row
-        kv = rest // group
-    else:
-        kv = t // (n_rows * group)
-        rest = t % (n_rows * group)
-        row = rest // group
-    kv_head = kv % n_kv_heads
-    return n_rows - 1 - row, kv // n_kv_heads, kv_head * group + rest % group, kv_head
-
-
-@gluon.jit
-def _span(starts, ends, sequence, row, n_keys, apart, SPANS: gl.constexpr):
-    """Row of the batch that a sequence lies in, the place of its first token there, and its length."""
-    if SPANS:
-        start = gl.load(starts + sequence)
-        length = gl.load(ends + sequence) - start
-        batch = sequence * apart
-    else:
-        start = row * 0
-        length = n_keys
-        batch = sequence
-    return batch, start, length
-
-
-@gluon.jit
-def _counts(counts, partials, line, row, length, SPANS: gl.constexpr):
-    """Blocks of a tile, and how many of them are masked; one of each for a tile behind the end of its sequence."""
-    count = gl.load(counts + line)
-    partial = gl.maximum(gl.load(partials + line), 1)
-    if SPANS:
-        count = gl.where(row * 128 < length, count, 1)
-        partial = gl.minimum(partial, count)
-    return count, partial
-
-
-@gluon.jit
-def _load_block(
-    desc, smem, full, empty, slot, phase, batch, head, start, block, BLOCK: gl.constexpr, DIM: gl.constexpr
-):
-    """Copies one key or value block into a slot of the ring once both consumers have left it."""
-    mbarrier.wait(empty.index(slot), phase)
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    place = smem.index(slot)._reinterpret(desc.dtype, [1, 1, BLOCK, DIM], desc.layout)
-    tma.async_copy_global_to_shared(desc, [batch, head, start + block * BLOCK, 0], full.index(slot), place)
-
-
-@gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    counts, partials, indices, starts, ends, stride_head, max_count, n_tiles, n_rows, group, n_kv_heads, n_keys, apart,
-    STAGES: gl.constexpr, DIM: gl.constexpr, ROWS_FIRST: gl.constexpr, SPANS: gl.constexpr,
-):  # fmt: skip
-    """Copies the queries of each tile and the listed key and value blocks, as far ahead as the ring allows.
-
-    After the last tile it sends that tile's queries and first key block once more, for the scores that the consumers
-    start before they know that nothing follows.
-    """
-    first = gl.program_id(0)
-    n_mine = (n_tiles - first + gl.num_programs(0) - 1) // gl.num_programs(0)
-    step = 0
-    for i in range(n_mine + 1):
-        t = first + gl.minimum(i, n_mine - 1) * gl.num_programs(0)
-        row, sequence, head, kv_head = _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
-        line = head * stride_head + row
-        batch, start, length = _span(starts, ends, sequence, row, n_keys, apart, SPANS)
-        count, _partial = _counts(counts, partials, line, row, length, SPANS)
-        count = gl.where(i == n_mine, 0, count)
-        for half in gl.static_range(2):
-            mbarrier.wait(q_empty.index(half), (i & 1) ^ 1)
-            mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
-            place = q_smem.index(half)._reinterpret(q_desc.dtype, [1, 1, 64, DIM], q_desc.layout)
-            q_first = start + row * 128 + half * 64
-            tma.async_copy_global_to_shared(q_desc, [batch, head, q_first, 0], q_full.index(half), place)
-        block = gl.load(indices + line * max_count)
-        slot = step % STAGES
-        phase = ((step // STAGES) & 1) ^ 1
-        _load_block(k_desc, k_smem, k_full, k_empty, slot, phase, batch, kv_head, start, block, 128, DIM)
-        for j in range(1, count):
-            ahead = gl.load(indices + line * max_count + j)
-            _load_block(v_desc, v_smem, v_full, v_empty, slot, phase, batch, kv_head, start, block, 128, DIM)
-            step += 1
-            slot = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
-            _load_block(k_desc, k_smem, k_full, k_empty, slot, phase, batch, kv_head, start, ahead, 128, DIM)
-            block = ahead
-        if i < n_mine:
-            _load_block(v_desc, v_smem, v_full, v_empty, slot, phase, batch, kv_head, start, block, 128, DIM)
-            step += 1
+from prunekit_kernels.block_sparse_prefill.hopper_producer import counts_of, produce, span_of, tile_at
 
 
 @gluon.jit
@@ -281,9 +184,9 @@ def _consume(
     n_mine = (n_tiles - first + gl.num_programs(0) - 1) // gl.num_programs(0)
     nothing = gl.full([64], float("-inf"), gl.float32, layout=ROW)
 
-    row, sequence, head, _kv_head = _tile(first, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
+    row, sequence, head, _kv_head = tile_at(first, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
     line = head * stride_head + row
-    batch, start, length = _span(starts, ends, sequence, row, n_keys, apart, SPANS)
+    batch, start, length = span_of(starts, ends, sequence, row, n_keys, apart, SPANS)
     partial = gl.load(partials + line)
     first_word, second_word, third_word, fourth_word = _words(
         masks, mask_ids + line * mask_width, partial > 0, WHO, TABLE, S_LAYOUT
@@ -311,7 +214,7 @@ def _consume(
         at = indices + line * max_count
         mask_at = mask_ids + line * mask_width
         q_first = q_offset + row * 128 + WHO * 64
-        count, partial = _counts(counts, partials, line, row, length, SPANS)
+        count, partial = counts_of(counts, partials, line, row, length, SPANS)
         acc = gl.zeros([64, DIM], gl.float32, layout=O_LAYOUT)
         for j in range(1, partial):
             acc, p16, m, l = _step(
@@ -335,9 +238,9 @@ def _consume(
         last_out = length if SPANS else n_queries
         m_out, l_out = m, l
         t = first + gl.minimum(i + 1, n_mine - 1) * gl.num_programs(0)
-        row, sequence, head, _kv_head = _tile(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
+        row, sequence, head, _kv_head = tile_at(t, n_tiles, n_rows, group, n_kv_heads, ROWS_FIRST)
         line = head * stride_head + row
-        batch, start, length = _span(starts, ends, sequence, row, n_keys, apart, SPANS)
+        batch, start, length = span_of(starts, ends, sequence, row, n_keys, apart, SPANS)
         k_first = gl.load(indices + line * max_count) * 128
         first_word, second_word, third_word, fourth_word = _words(
             masks, mask_ids + line * mask_width, gl.load(partials + line) > 0, WHO, TABLE, S_LAYOUT
@@ -457,7 +360,7 @@ def block_sparse_prefill_hopper(
                 ),
             ),
             (
-                _produce,
+                produce,
                 (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     counts, partials, indices, starts, ends, stride_head, max_count, n_tiles, n_rows, group,
